@@ -1,0 +1,58 @@
+# make reproduce | test | bench | lab | render | clean | help
+# Every target sets up its own virtual environment first; only Python 3.11 or newer has to be there.
+
+VENV    ?= .venv
+PYTHON  ?= python3
+PROFILE ?= smoke
+# LOCKED=1 installs exactly the versions in requirements.lock instead of the newest ones in range
+LOCKED  ?=
+
+# notebooks run in their own folders, where a relative path would mean something else
+ifdef COVIDSEV_DATA
+override export COVIDSEV_DATA := $(shell cd "$(COVIDSEV_DATA)" 2> /dev/null && pwd || printf '%s' "$(COVIDSEV_DATA)")
+endif
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+# notebooks run in the environment made here, not in a kernel that the user has registered under the same name
+export JUPYTER_PREFER_ENV_PATH = 1
+.DEFAULT_GOAL := help
+.PHONY: reproduce test bench lab render clean help
+
+reproduce: $(STAMP) ## run every experiment and draw the tables: PROFILE=smoke (phantom, minutes), cpu or paper (real data)
+	@$(BIN)/covidsev reproduce --profile $(PROFILE)
+
+test: export OMP_NUM_THREADS = 1
+test: export COVIDSEV_QUIET = 1
+test: export MPLBACKEND = agg
+test: $(STAMP) ## run the tests in the notebooks, then the others; real-data tests run if COVIDSEV_DATA is set
+	@$(BIN)/nbdev_test --n_workers 2
+	@$(BIN)/python -m pytest -q -n 2 tests
+
+bench: $(STAMP) ## compare our training step and evaluation with a plain one, as ratios
+	@$(BIN)/covidsev bench
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab nbs/index.ipynb
+
+render: $(STAMP) ## draw tables and figures again from results that are there: PROFILE=smoke, cpu or paper
+	@$(BIN)/covidsev render --profile $(PROFILE)
+
+clean: ## remove the virtual environment and caches; data, checkpoints, results and figures stay
+	@rm -rf $(VENV) covidsev.egg-info build _docs .pytest_cache .hypothesis .ruff_cache
+	@find covidsev tests nbs \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|' || true
+
+# Made again when the dependencies change; not when the code does, because the installation is editable.
+$(STAMP): settings.ini setup.py
+	@command -v $(PYTHON) > /dev/null || { echo "covidsev needs Python 3.11 or newer; there is no '$(PYTHON)'. Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "covidsev needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Setting up $(VENV): once, and again when settings.ini changes. This takes a few minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LOCKED),-c requirements.lock) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,218 @@
+"""The house is in order: notebooks and modules agree, nothing private is in it, imports are light and go one way."""
+import ast
+import configparser
+import hashlib
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from covidsev.provenance import imports_of
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
+MODULES = sorted(path for path in (ROOT / "covidsev").glob("*.py") if not path.name.startswith("_"))
+
+# spelt so that this file does not contain what it looks for
+MACHINE_PATH = re.compile(r"(^|[^A-Za-z0-9_.])/(work|root|farm)/|/tmp/(tmp|ipy|bash_jobs|src|tools)|/home/[a-z]", re.M)
+REGISTRY = re.compile(r"pypi[.]org|python[h]osted|registry[.]npmjs|deb[.]debian")
+
+
+def cells(notebook: Path) -> list[dict]:
+    """The cells of a notebook, sources joined to one text each."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [{**cell, "source": "".join(cell["source"])} for cell in content]
+
+
+def code_of(notebook: Path) -> list[str]:
+    """The sources of the code cells."""
+    return [cell["source"] for cell in cells(notebook) if cell["cell_type"] == "code"]
+
+
+def project_files() -> list[Path]:
+    """Every file that is tracked, or would be by `git add .`."""
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                            check=True, capture_output=True).stdout.decode().split("\0")
+    return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    return project_files()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """A copy of the project in which everything has been exported and cleaned anew; the user's tree is untouched."""
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copy(ROOT / "settings.ini", copy)
+    ignore = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__", "*.failed.ipynb", "executed.ipynb")
+    shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=ignore)
+    (copy / "covidsev").mkdir()
+    shutil.copy(ROOT / "covidsev" / "__init__.py", copy / "covidsev")
+    for command in ("nbdev_export", "nbdev_clean"):
+        done = subprocess.run([Path(sys.executable).parent / command], cwd=copy, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return copy
+
+
+def test_modules_are_what_the_notebooks_export(exported):
+    made = {path.name: path.read_bytes() for path in (exported / "covidsev").glob("*.py")}
+    kept = {path.name: path.read_bytes() for path in (ROOT / "covidsev").glob("*.py")}
+    different = sorted(name for name in made.keys() | kept.keys() if made.get(name) != kept.get(name))
+    assert not different, f"run nbdev_export; not what the notebooks export: {', '.join(different)}"
+
+
+def test_notebooks_are_clean(exported):
+    dirty = [str(path.relative_to(exported)) for path in sorted((exported / "nbs").rglob("*.ipynb"))
+             if path.read_bytes() != (ROOT / path.relative_to(exported)).read_bytes()]
+    assert not dirty, f"run nbdev_clean; it would change: {', '.join(dirty)}"
+
+
+def test_cleaning_keeps_the_parameters_tag(exported):
+    """papermill finds the parameters by this tag, and runs the defaults without a word where it is missing."""
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    assert "tags" in settings["DEFAULT"]["allowed_cell_metadata_keys"].split()
+    for notebook in EXPERIMENTS:
+        cleaned = exported / notebook.relative_to(ROOT)
+        assert any("parameters" in cell["metadata"].get("tags", []) for cell in cells(cleaned)), notebook.name
+
+
+def test_there_are_experiments():
+    assert EXPERIMENTS and (ROOT / "nbs" / "experiments" / ".notest").exists()
+
+
+@pytest.mark.parametrize("notebook", EXPERIMENTS, ids=lambda path: path.stem)
+def test_each_experiment_has_one_parameters_cell(notebook):
+    tagged = [cell for cell in cells(notebook) if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1, f"{notebook.name} has {len(tagged)} cells tagged parameters"
+    for node in ast.parse(tagged[0]["source"]).body:  # plain literals: anything else would run before it is replaced
+        assert isinstance(node, (ast.Assign, ast.AnnAssign)), ast.unparse(node)
+        ast.literal_eval(node.value)
+
+
+@pytest.mark.parametrize("notebook", LIBRARY + EXPERIMENTS, ids=lambda path: path.stem)
+def test_no_shell_lines_in_notebooks(notebook):
+    """A failing `!command` leaves the notebook green."""
+    lines = [line for source in code_of(notebook) for line in source.splitlines()]
+    assert not [line for line in lines if re.match(r"\s*(!|%%(bash|sh|script)|%(system|sx)\b)", line)], notebook.name
+
+
+@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda path: path.stem)
+def test_each_library_notebook_makes_one_module(notebook):
+    names = re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(code_of(notebook)), re.M)
+    assert names == [notebook.stem.split("_", 1)[1]]
+
+
+def test_nothing_of_this_machine_is_in_the_project(tracked):
+    found = []
+    for path in tracked:
+        text = path.read_bytes().decode("utf-8", errors="replace")
+        for pattern in (MACHINE_PATH, REGISTRY):
+            match = pattern.search(text)
+            if match and path.suffix not in {".png", ".npz"}:
+                found.append(f"{path.relative_to(ROOT)}:{text.count(chr(10), 0, match.start()) + 1}: "
+                             f"{text[max(0, match.start() - 30):match.end() + 40]!r}")
+    assert not found, "paths of a machine or hosts of a registry:\n" + "\n".join(found)
+
+
+def test_the_patterns_find_what_they_should():
+    for text in ("see " + "/wo" + "rk/main", "x='" + "/ro" + "ot/x'", "/tmp/" + "tmpab12", "/ho" + "me/somebody"):
+        assert MACHINE_PATH.search(text), text
+    assert REGISTRY.search("https://py" + "pi.org/simple") and not MACHINE_PATH.search("https://x.org/wo" + "rk/main a/root/b")
+
+
+def test_no_file_of_the_real_data_stands_in_the_project(tracked, data_root):
+    sums = data_root / "SHA256SUMS"
+    if not sums.is_file():
+        pytest.skip("the data folder has no SHA256SUMS")
+    known = {line.split()[0] for line in sums.read_text(encoding="utf-8").splitlines() if line.strip()}
+    copied = [path.name for path in tracked if path.stat().st_size and hashlib.sha256(path.read_bytes()).hexdigest() in known]
+    assert not copied
+
+
+HEAVY = ("torch", "numpy", "pandas", "scipy", "matplotlib", "papermill")
+
+
+@pytest.mark.parametrize("statement", ["import covidsev", "import covidsev.config, covidsev.provenance", "import covidsev.catalogue"])
+def test_light_imports(statement):
+    code = f"import sys; {statement}; print(*sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info"]], ids=" ".join)
+def test_the_command_line_answers_without_torch(arguments):
+    code = f"""
+import sys
+from covidsev.cli import main
+main({arguments!r}, standalone_mode=False)
+print("loaded:", *sorted({{"torch", "pandas", "matplotlib"}} & set(sys.modules)))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    shown, _, last = done.stdout.strip().rpartition("\n")
+    assert shown and last == "loaded:"
+
+
+def test_imports_go_from_higher_to_lower_numbers():
+    order = {f"covidsev.{notebook.stem.split('_', 1)[1]}": place for place, notebook in enumerate(LIBRARY)}
+    wrong = [f"{path.stem} imports {other}" for path in MODULES
+             for other in imports_of(path.read_text(encoding="utf-8"))
+             if order[other] >= order[f"covidsev.{path.stem}"]]
+    assert not wrong, wrong
+
+
+def functions() -> list[tuple[int, str]]:
+    """Length in lines, and name, of every function and method of the library, private ones too."""
+    return [(node.end_lineno - node.lineno + 1, f"{path.stem}.{node.name}")
+            for path in MODULES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def test_functions_are_short():
+    lengths = sorted(functions(), reverse=True)
+    numbers = [length for length, _ in lengths]
+    share = sum(length <= 18 for length in numbers) / len(numbers)
+    print(f"functions: {len(numbers)}, median {statistics.median(numbers)}, {share:.0%} of at most 18 lines; longest:",
+          *(f"{name} {length}" for length, name in lengths[:8]))
+    long = [(len(line), f"{path.name}:{number}") for path in MODULES
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+            if len(line) > 110 and not line.startswith(("# ", '"""', "__all__", " " * 11 + "'"))]  # nbdev writes those
+    print(f"lines over 110 characters: {len(long)}; longest:", *(f"{name} {length}" for length, name in sorted(long)[-8:]))
+    assert numbers[0] <= 40, [f"{name}: {length} lines" for length, name in lengths if length > 40]
+
+
+def test_notebook_shape():
+    """Prints what each library notebook looks like (pytest -s shows it); only its size is a rule."""
+    for notebook in LIBRARY:
+        content = cells(notebook)
+        code = [cell for cell in content if cell["cell_type"] == "code"]
+        words = sum(len(cell["source"].split()) for cell in content if cell["cell_type"] == "markdown")
+        tests = sum(bool(re.search(r"^\s*(assert|test_\w+\(|with .*raises|np\.testing|assert_)", cell["source"], re.M)) for cell in code)
+        pictures = sum("image/png" in output.get("data", {}) for cell in code for output in cell.get("outputs", []))
+        size = notebook.stat().st_size
+        print(f"{notebook.stem:<18} words {words:>5}  code cells {len(code):>3}  testing {tests / len(code):4.0%}  "
+              f"pictures {pictures}  {size / 1000:5.0f} kB")
+        assert size <= 700_000, notebook.name
+
+
+def test_library_notebooks_kept_their_outputs():
+    empty = [notebook.name for notebook in LIBRARY if not any(cell.get("outputs") for cell in cells(notebook))]
+    assert not empty, f"run these and keep their outputs: {empty}"
+
+
+def test_no_errors_are_kept_in_notebooks():
+    failed = [notebook.name for notebook in LIBRARY + EXPERIMENTS for cell in cells(notebook)
+              for output in cell.get("outputs", []) if output["output_type"] == "error"]
+    assert not failed

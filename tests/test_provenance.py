@@ -1,0 +1,451 @@
+"""Hashes, atomic files, locks and cache keys: properties, and the accidents that they are there for."""
+import errno
+import json
+import math
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from covidsev import provenance
+from covidsev.config import ConfigError, RunLockedError
+
+PLAIN = st.none() | st.booleans() | st.integers(-10**6, 10**6) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
+SETTINGS = st.dictionaries(st.text(alphabet="abcxyz_", min_size=1, max_size=6), PLAIN, max_size=5)
+PARTS = st.dictionaries(st.sampled_from(["parameters", "data", "notebook", "code"]), SETTINGS, min_size=1)
+
+
+def python(code: str, *, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
+    """A fresh Python that runs `code`."""
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=cwd, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, **environment})
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a folder, hidden files too."""
+    return sorted(os.listdir(folder))
+
+
+# --- hashes and JSON
+
+@given(st.dictionaries(st.text(max_size=5), PLAIN | st.lists(PLAIN, max_size=3), max_size=6))
+def test_json_hash_ignores_order_and_survives_a_round_trip(value):
+    backwards = dict(reversed(list(value.items())))
+    assert provenance.sha256_json(value) == provenance.sha256_json(backwards)
+    assert provenance.sha256_json(json.loads(json.dumps(value))) == provenance.sha256_json(value)
+
+
+@given(SETTINGS, SETTINGS)
+def test_different_settings_have_different_hashes(first, second):
+    same = json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
+    assert (provenance.sha256_json(first) == provenance.sha256_json(second)) == same
+
+
+def test_numpy_tensors_and_plain_numbers_hash_alike():
+    import torch
+
+    plain = {"a": [1, 2], "b": 0.5, "c": True}
+    assert provenance.sha256_json({"a": np.array([1, 2]), "b": np.float64(0.5), "c": np.bool_(True)}) \
+        == provenance.sha256_json({"a": torch.tensor([1, 2]), "b": torch.tensor(0.5), "c": True}) \
+        == provenance.sha256_json(plain)
+
+
+def test_sha256_file_reads_all_of_a_large_file(tmp_path):
+    data = np.random.default_rng(0).bytes(3_000_001)
+    (tmp_path / "x").write_bytes(data)
+    assert provenance.sha256_file(tmp_path / "x") == provenance.sha256_bytes(data)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        provenance.sha256_file(tmp_path / "missing")
+
+
+def test_write_json_is_sorted_stable_and_has_no_nan(tmp_path):
+    value = {"b": np.float32(0.25), "a": [math.nan, math.inf, -math.inf, 1], "ä": Path("x/y"), "c": {2, 1}}
+    provenance.write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_bytes()
+    provenance.write_json(tmp_path / "x.json", dict(reversed(list(value.items()))))
+    assert text == (tmp_path / "x.json").read_bytes() and text.endswith(b"}\n") and b"\r" not in text
+    assert provenance.read_json(tmp_path / "x.json") == \
+        {"a": [None, None, None, 1], "b": 0.25, "c": [1, 2], "ä": "x/y"}
+    assert b"NaN" not in text and b"Infinity" not in text
+
+
+def test_write_json_of_something_odd_leaves_the_old_file(tmp_path):
+    provenance.write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(TypeError, match="cannot write object"):
+        provenance.write_json(tmp_path / "x.json", {"a": object()})
+    assert provenance.read_json(tmp_path / "x.json") == {"a": 1} and names(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"<html>", b"\xff\xfe"])
+def test_read_json_names_a_file_that_is_not_json(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="run.json"):
+        provenance.read_json(tmp_path / "run.json")
+
+
+# --- CSV
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
+def test_csv_floats_read_back_to_the_bit(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("csv") / "x.csv"
+    provenance.write_csv(path, pd.DataFrame({"value": values}))
+    head, *lines = path.read_text().splitlines()
+    assert head == "value" and np.array([float(line) for line in lines]).tobytes() == np.array(values).tobytes()
+
+
+def test_csv_is_plain_and_the_same_every_time(tmp_path):
+    frame = pd.DataFrame({"id": ["ä", "b,c"], "value": [1 / 3, math.nan]}, index=[5, 6])
+    provenance.write_csv(tmp_path / "x.csv", frame)
+    assert (tmp_path / "x.csv").read_bytes() == 'id,value\nä,0.3333333333333333\n"b,c",\n'.encode()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "x.csv"), frame.reset_index(drop=True))
+
+
+# --- atomic files
+
+def test_atomic_write_makes_folders_and_honours_the_umask(tmp_path):
+    path = tmp_path / "a" / "b" / "x.bin"
+    old = os.umask(0o027)
+    try:
+        provenance.write_bytes(path, b"1")
+    finally:
+        os.umask(old)
+    assert path.read_bytes() == b"1" and stat.S_IMODE(path.stat().st_mode) == 0o640 and names(path.parent) == ["x.bin"]
+
+
+def test_nothing_is_seen_before_the_end(tmp_path):
+    path = tmp_path / "x"
+    with provenance.atomic_write(path, "w") as file:
+        file.write("new")
+        file.flush()
+        assert not path.exists()
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("accident", [RuntimeError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_accident_leaves_the_old_file_and_nothing_else(tmp_path, accident):
+    path = tmp_path / "x"
+    provenance.write_text(path, "old")
+    with pytest.raises(type(accident)) as raised, provenance.atomic_write(path, "w") as file:
+        file.write("half")
+        raise accident
+    assert path.read_text() == "old" and names(tmp_path) == ["x"]
+    if isinstance(accident, OSError):  # the bare error of a full disk gets the name of the file
+        assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(path)
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="other"), provenance.atomic_write(tmp_path / "x"):
+        open(tmp_path / "other")
+    assert names(tmp_path) == []
+
+
+def test_full_disk_while_syncing(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    provenance.write_text(tmp_path / "x", "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=str(tmp_path / "x")) as raised:
+        provenance.write_text(tmp_path / "x", "new")
+    assert raised.value.errno == errno.ENOSPC
+    assert (tmp_path / "x").read_text() == "old" and names(tmp_path) == ["x"]
+
+
+def test_file_size_limit_in_a_real_process(tmp_path):
+    """The kernel itself refuses the write, in the middle of a file, for each kind of file."""
+    process = python("""
+        import resource, sys
+        from covidsev import provenance
+        folder = sys.stdin.readline().strip()
+        writers = {"x.bin": lambda p, size: provenance.write_bytes(p, b"y" * size),
+                   "x.json": lambda p, size: provenance.write_json(p, {"a": "y" * size}),
+                   "x.csv": lambda p, size: provenance.write_csv(p, {"a": ["y" * size]})}
+        for name, write in writers.items():
+            write(f"{folder}/{name}", 10)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        for name, write in writers.items():
+            try:
+                write(f"{folder}/{name}", 1_000_000)
+                print("written", name)
+            except OSError as error:
+                print(type(error).__name__, error.errno, error.filename)
+    """)
+    out, error = process.communicate(f"{tmp_path}\n", timeout=60)
+    assert out.splitlines() == [f"OSError {errno.EFBIG} {tmp_path / name}" for name in ("x.bin", "x.json", "x.csv")], error
+    assert names(tmp_path) == ["x.bin", "x.csv", "x.json"]
+    assert (tmp_path / "x.bin").read_bytes() == b"y" * 10
+    assert provenance.read_json(tmp_path / "x.json") == {"a": "y" * 10}
+
+
+def test_a_device_is_never_replaced():
+    """/dev/full says "disk full" to every write. A careless rename would put a plain file in its place."""
+    before = os.stat("/dev/full")
+    with pytest.raises(OSError, match="/dev/full"):
+        provenance.write_bytes("/dev/full", b"x")
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode) and os.stat("/dev/full").st_ino == before.st_ino
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "x")
+    provenance.write_text(tmp_path / "link", "1")
+    provenance.write_text(tmp_path / "link", "2")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "x").read_text() == "2"
+
+
+def test_a_loop_of_links_and_a_file_as_folder_are_errors_that_name_the_path(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(OSError, match="a"):
+        provenance.write_text(tmp_path / "a" / "x", "1")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        provenance.write_text(tmp_path / "file" / "x", "1")
+
+
+@pytest.mark.parametrize("name", ["with spaces", "-dash", "ünïcodé 肺", "n" * 240, ".hidden"])
+def test_odd_names(tmp_path, name):
+    provenance.write_text(tmp_path / name, "1")
+    assert (tmp_path / name).read_text() == "1" and names(tmp_path) == [name]
+
+
+def test_sigkill_at_any_moment_leaves_a_whole_file(tmp_path):
+    """A process rewrites one file as fast as it can and is killed: what is there is one of its versions, whole."""
+    process = python("""
+        import itertools, sys
+        from covidsev import provenance
+        folder = sys.stdin.readline().strip()
+        for k in itertools.count():
+            provenance.write_text(f"{folder}/x", f"{k % 10}" * 300_000)
+            if k == 0:
+                print("started", flush=True)
+    """)
+    process.stdin.write(f"{tmp_path}\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "started\n"
+    for _ in range(20):
+        time.sleep(0.007)
+        process.send_signal(signal.SIGSTOP)  # frozen at a random moment: what a kill here would leave
+        text = (tmp_path / "x").read_text()
+        assert len(text) == 300_000 and len(set(text)) == 1
+        process.send_signal(signal.SIGCONT)
+    process.kill()
+    process.wait(30)
+    text = (tmp_path / "x").read_text()
+    assert len(text) == 300_000 and len(set(text)) == 1
+
+
+# --- locks
+
+HOLD = """
+    import sys
+    from covidsev.provenance import run_lock
+    folder = sys.stdin.readline().strip()
+    with run_lock(folder):
+        print("locked", flush=True)
+        sys.stdin.readline()
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen:
+    """A process that holds the lock of `folder` until it is killed or reads a line."""
+    process = python(HOLD)
+    process.stdin.write(f"{folder}\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "locked\n", process.stderr.read()
+    return process
+
+
+def test_the_second_run_is_refused_and_told_by_whom(tmp_path):
+    import socket
+
+    first = holder(tmp_path)
+    try:
+        with pytest.raises(RunLockedError) as raised, provenance.run_lock(tmp_path):
+            raise AssertionError("two writers")
+        assert f"process {first.pid} on {socket.gethostname()}" in str(raised.value)
+        assert raised.value.exit_code == 4 and str(tmp_path) in str(raised.value)
+        assert names(tmp_path) == [".lock"]  # nothing changed
+        with provenance.run_lock(tmp_path / "neighbour"):  # another folder is another lock
+            pass
+    finally:
+        first.communicate("\n", timeout=30)
+    with provenance.run_lock(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_killed_run_is_taken_over(tmp_path):
+    first = holder(tmp_path)
+    first.kill()
+    first.wait(30)
+    assert (tmp_path / ".lock").read_text() != ""  # it is stale: the file still names the dead process
+    with provenance.run_lock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_the_lock_is_freed_by_an_error_and_survives_a_damaged_file(tmp_path):
+    with pytest.raises(ZeroDivisionError), provenance.run_lock(tmp_path):
+        1 / 0
+    for content in ("", "garbage", "[]", "{}"):
+        with provenance.run_lock(tmp_path):
+            (tmp_path / ".lock").write_text(content)
+            with pytest.raises(RunLockedError, match="another process"), provenance.run_lock(tmp_path):
+                raise AssertionError("two writers")
+
+
+# --- keys
+
+@given(PARTS, PARTS)
+def test_a_key_differs_exactly_where_there_is_a_reason(old, new):
+    reasons = provenance.why_stale(old, new)
+    assert (provenance.cache_key(old) == provenance.cache_key(new)) == (reasons == []) or \
+        {k: v for k, v in old.items() if v} == {k: v for k, v in new.items() if v}  # an empty part says nothing
+
+
+@given(PARTS)
+def test_every_change_is_named(parts):
+    for part, settings in parts.items():
+        for name in settings:
+            changed = {**parts, part: {**settings, name: "something else entirely"}}
+            assert provenance.why_stale(parts, changed) == \
+                [f"{part.removesuffix('s')} {name}: {json.dumps(settings[name])} -> \"something else entirely\""]
+
+
+def test_reasons_read_like_sentences():
+    old = {"parameters": {"epochs": 40, "ema": 0.5}, "notebook": {"a.ipynb": "0" * 64}, "code": "0" * 64, "kind": "phantom"}
+    new = {"parameters": {"epochs": 60, "seed": None}, "notebook": {"a.ipynb": "1" * 64}, "code": "1" * 64, "kind": "real"}
+    assert provenance.why_stale(old, new) == [
+        "code changed", 'kind: "phantom" -> "real"', "notebook a.ipynb changed", "parameter ema is gone",
+        "parameter epochs: 40 -> 60", "parameter seed is new"]
+    assert provenance.why_stale(old, json.loads(json.dumps(old))) == []  # parts read back from a file are the same
+
+
+def test_keys_do_not_depend_on_hash_seed_folder_locale_or_time_zone(tmp_path):
+    code = """
+        from covidsev import provenance
+        parts = {"parameters": {"classes": {"ggo", "consolidation", "background"}, "rates": (0.75, 1.0)},
+                 "code": provenance.source_key(["provenance", "config"])}
+        print(provenance.cache_key(parts))
+    """
+    runs = [python(code, cwd=tmp_path, PYTHONHASHSEED="1", TZ="UTC", LC_ALL="C"),
+            python(code, cwd=Path(__file__).parent, PYTHONHASHSEED="2", TZ="Asia/Tokyo", LC_ALL="C.UTF-8")]
+    keys = [process.communicate(timeout=60)[0].strip() for process in runs]
+    assert keys[0] == keys[1] and len(keys[0]) == 64
+
+
+def write_package(folder: Path, **modules: str) -> None:
+    """A small package named covidsev, to edit."""
+    (folder / "covidsev").mkdir(exist_ok=True)
+    (folder / "covidsev" / "__init__.py").touch()
+    for name, source in modules.items():
+        (folder / "covidsev" / f"{name}.py").write_text(textwrap.dedent(source))
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An editable copy of a package with three modules: b imports a, c is alone."""
+    write_package(tmp_path, a="X = 1\n", b="from .a import X\n\ndef f():\n    return X\n", c="Y = 1\n")
+    monkeypatch.setattr(provenance, "_module_file",
+                        lambda module: tmp_path / "covidsev" / f"{module.removeprefix('covidsev.')}.py")
+    return tmp_path
+
+
+def test_source_key_follows_imports_and_nothing_else(package):
+    assert list(provenance.source_key(["b"])) == ["covidsev.a", "covidsev.b"]
+    before = provenance.source_key(["b"])
+    write_package(package, c="Y = 2\n")
+    assert provenance.source_key(["b"]) == before
+    write_package(package, a="X = 2\n")
+    after = provenance.source_key(["b"])
+    assert provenance.why_stale({"code": before}, {"code": after}) == ["code covidsev.a changed"]
+
+
+@pytest.mark.parametrize("source", ['"""Doc."""\nX = 1\n', "# why\nX  =  1  # because\n\n\n", "__all__ = ['X']\nX = 1\n"])
+def test_words_do_not_change_a_source_key(package, source):
+    before = provenance.source_key(["a"])
+    write_package(package, a=source)
+    assert provenance.source_key(["a"]) == before
+
+
+@pytest.mark.parametrize("source", ["X = 1.0\n", "X = 1\nX += 0\n", "X = '1'\n", "def X(): 'doc'\n"])
+def test_code_does_change_a_source_key(package, source):
+    before = provenance.source_key(["a"])
+    write_package(package, a=source)
+    assert provenance.source_key(["a"]) != before
+
+
+def test_source_key_of_a_circle_and_of_a_missing_module(package):
+    write_package(package, a="import covidsev.b\n")
+    assert list(provenance.source_key(["a"])) == ["covidsev.a", "covidsev.b"]
+    with pytest.raises(ConfigError, match="no module 'covidsev.z'"):
+        provenance.source_key(["z"])
+
+
+def test_imports_of_understands_all_spellings(package):
+    source = """
+        import os, covidsev.a as first
+        from covidsev import c
+        %matplotlib inline
+        !ls
+        def later():
+            from .b import f
+    """
+    assert provenance.imports_of(textwrap.dedent(source)) == {"covidsev.a", "covidsev.b", "covidsev.c"}
+    assert provenance.imports_of("from covidsev import __version__") == set()
+    with pytest.raises(SyntaxError):
+        provenance.imports_of("def (:")
+
+
+# --- environment
+
+def test_environment_is_complete_anonymous_and_the_same_twice():
+    import getpass
+    import socket
+
+    first = provenance.environment()
+    assert first == provenance.environment() and set(first) == {"python", "platform", "threads", "device", "packages"}
+    assert {"torch", "numpy", "papermill"} <= set(first["packages"]) and "pytest" not in first["packages"]
+    assert all(first["packages"].values())
+    text = json.dumps(first)
+    for private in (str(Path.home()), os.getcwd(), f'"{getpass.getuser()}"', f'"{socket.gethostname()}"'):
+        assert private not in text
+
+
+def test_environment_does_not_load_torch():
+    process = python("import sys; from covidsev import provenance as p; print(p.environment()['threads'], 'torch' in sys.modules)",
+                     OMP_NUM_THREADS="3")
+    assert process.communicate(timeout=60)[0].split() == ["3", "False"]
+
+
+def test_git_commit_inside_a_git_hook(tmp_path, monkeypatch):
+    """git sets GIT_DIR for its hooks; without care every question would be about that repository."""
+    def git(folder, *arguments):
+        subprocess.run(["git", "-C", folder, "-c", "user.name=n", "-c", "user.email=n", "-c", "commit.gpgsign=false",
+                        *arguments], check=True, capture_output=True)
+
+    for name in ("mine", "hook"):
+        provenance.write_text(tmp_path / name / "x", name)
+        git(tmp_path / name, "init", "-q")
+        git(tmp_path / name, "add", ".")
+        git(tmp_path / name, "commit", "-q", "-m", name)
+    mine = provenance.git_commit(tmp_path / "mine")
+    assert mine and mine != provenance.git_commit(tmp_path / "hook")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "hook" / ".git"))
+    assert provenance.git_commit(tmp_path / "mine") == mine
+
+
+def test_git_commit_without_git(tmp_path, monkeypatch):
+    assert provenance.git_commit(tmp_path) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.git_commit(tmp_path) is None
