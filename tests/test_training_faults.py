@@ -1,0 +1,467 @@
+"""What training does when something goes wrong: damaged files, NaN, a full disk, signals, kills."""
+
+import contextlib
+import errno
+import os
+import pickle
+import random
+import resource
+import signal
+import time
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import covidsev.provenance as provenance
+import covidsev.training as training
+from covidsev.config import CheckpointError, ConfigError, NonFiniteError, RunLockedError
+from covidsev.losses import SideOutputs
+from covidsev.provenance import run_lock, sha256_file
+from covidsev.training import (
+    TrainConfig,
+    fit,
+    load_checkpoint,
+    load_latest,
+    load_weights,
+    rotate_checkpoints,
+    save_checkpoint,
+    weights_hash,
+)
+
+CONFIG = TrainConfig(
+    epochs=6,
+    batch_size=4,
+    learning_rate=1e-2,
+    scales=(1.0,),
+    augment="paper",
+    ema=0.5,
+    save_every=1,
+    channels_last=False,
+)
+
+
+class TinyNet(nn.Module):
+    """One convolution, batch normalisation and dropout; `on_forward` lets a test interfere."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = (
+            nn.Conv2d(1, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.Dropout2d(0.2),
+        )
+        self.head = nn.Conv2d(width, 1, 1)
+        self.steps, self.on_forward = 0, lambda step, logits: logits
+
+    def forward(self, images: torch.Tensor) -> SideOutputs:
+        logits = self.head(self.drop(torch.relu(self.norm(self.conv(images)))))
+        self.steps += self.training
+        return SideOutputs(s_3=self.on_forward(self.steps, logits) if self.training else logits)
+
+
+def tiny(on_forward=None, width: int = 3) -> TinyNet:
+    torch.manual_seed(0)
+    network = TinyNet(width)
+    network.on_forward = on_forward or network.on_forward
+    return network
+
+
+def data(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 1, 32, 32), generator=draw).to(torch.uint8)
+    return images, (images > 128).to(torch.uint8)
+
+
+TRAIN, VAL = data(10, 1), data(4, 2)
+
+
+def run(folder, config=CONFIG, on_forward=None, **options):
+    return fit(
+        tiny(on_forward), options.pop("train", TRAIN), options.pop("val", VAL), config, folder, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> str:
+    """The hash of the weights after a run that nothing disturbs."""
+    return weights_hash(run(tmp_path_factory.mktemp("undisturbed")).model)
+
+
+def in_child(task) -> int:
+    """Runs `task()` in a forked process; its exit status, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            task()
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# --- row 41: a file that wants to run code ------------------------------------------------------------------
+
+
+class Attack:
+    def __init__(self, canary) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.canary}'",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("writer", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_malicious_checkpoint_is_refused_and_does_not_run(tmp_path, writer):
+    canary, path = tmp_path / "canary", tmp_path / "best.pt"
+    writer({"format": training.FORMAT, "weights": Attack(canary)}, path)
+    path.with_name("best.pt.sha256").write_text(
+        f"{sha256_file(path)}  best.pt\n"
+    )  # the attacker knows about hashes
+    with pytest.raises(CheckpointError, match="not plain tensors"):
+        load_checkpoint(path)
+    assert not canary.exists()
+
+
+# --- row 42: damaged files ----------------------------------------------------------------------------------
+
+
+def flip_a_bit(content: bytes) -> bytes:
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGES = {
+    "half": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "one bit": flip_a_bit,
+    "a web page": lambda content: b"<!DOCTYPE html><html></html>",
+    "a pointer": lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+}
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint is damaged")
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_last_falls_back_to_prev_and_gives_the_same_bits(tmp_path, damage, expected):
+    run(tmp_path)
+    last = tmp_path / "last.pt"
+    last.write_bytes(damage(last.read_bytes()))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(last)
+    with pytest.warns(UserWarning, match="resuming from prev.pt, epoch 5"):
+        assert weights_hash(run(tmp_path, resume="must").model) == expected
+
+
+def test_two_damaged_files_are_an_error_and_not_a_fresh_start(tmp_path):
+    run(tmp_path)
+    for name in ("last.pt", "prev.pt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="no sound checkpoint"):
+        run(tmp_path)
+    assert run(tmp_path, resume=False).epochs_run == CONFIG.epochs  # the remedy that the message names
+
+
+def test_a_damaged_best_is_not_passed_over(tmp_path):
+    run(tmp_path)
+    (tmp_path / "best.pt").write_bytes(flip_a_bit((tmp_path / "best.pt").read_bytes()))
+    with pytest.raises(CheckpointError, match="best.pt"):
+        run(tmp_path)
+
+
+def test_a_missing_hash_file_and_a_foreign_file_are_refused(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", {"epoch": 1})
+    (tmp_path / "a.pt.sha256").unlink()
+    with pytest.raises(CheckpointError, match="a .sha256 file beside it"):
+        load_checkpoint(tmp_path / "a.pt")
+    torch.save([1, 2], tmp_path / "b.pt")
+    (tmp_path / "b.pt.sha256").write_text(sha256_file(tmp_path / "b.pt"))
+    with pytest.raises(CheckpointError, match="not a checkpoint of this library"):
+        load_checkpoint(tmp_path / "b.pt")
+
+
+# --- row 43: another network --------------------------------------------------------------------------------
+
+
+def test_weights_of_another_network_are_refused_with_the_first_names(tmp_path):
+    run(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        fit(tiny(width=5), TRAIN, VAL, CONFIG, tmp_path)
+    assert "conv.weight (3, 1, 3, 3) instead of (5, 1, 3, 3)" in str(caught.value)
+    weights = load_checkpoint(tmp_path / "best.pt")["weights"]
+    with pytest.raises(CheckpointError, match="5 missing|remove the prefix 'module.'"):
+        load_weights(tiny(), {f"module.{name}": value for name, value in weights.items()})
+    weights.pop("head.bias")
+    with pytest.raises(CheckpointError, match="1 missing: head.bias"):
+        load_weights(tiny(), weights)
+    with pytest.raises(CheckpointError, match="9 missing|8 missing|missing: conv.weight"):
+        load_weights(tiny(), {"other": torch.zeros(1)})
+
+
+def test_a_refused_file_leaves_the_network_as_it_was():
+    network = tiny()
+    before = weights_hash(network)
+    with pytest.raises(CheckpointError):
+        load_weights(
+            network,
+            {**tiny(width=3).state_dict(), "extra": torch.zeros(1), "conv.weight": torch.ones(3, 1, 3, 3)},
+        )
+    assert weights_hash(network) == before
+
+
+# --- rows 44 and 45: what resume means ----------------------------------------------------------------------
+
+
+def test_must_resume_needs_a_checkpoint_and_auto_may_start(tmp_path):
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        run(tmp_path, resume="must")
+    assert run(tmp_path, replace(CONFIG, epochs=1), resume="auto").epochs_run == 1
+    with pytest.raises(ConfigError, match="did you mean 'must'"):
+        run(tmp_path, resume="mus")
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({"config": replace(CONFIG, learning_rate=5e-3)}, "config.learning_rate: 0.01 -> 0.005"),
+        ({"config": replace(CONFIG, epochs=9)}, "config.epochs: 6 -> 9"),
+        ({"train": data(10, 3)}, "train data: "),
+        ({"val": data(4, 3)}, "val data: "),
+    ],
+)
+def test_another_setting_or_other_data_is_refused_by_key(tmp_path, options, line):
+    run(tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path, **options)
+    assert line in str(caught.value) and "cannot resume" in str(caught.value)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_another_number_of_threads_is_refused(tmp_path):
+    run(tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        with pytest.raises(ConfigError, match=f"threads: {threads} -> {threads + 1}"):
+            run(tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- row 53: NaN --------------------------------------------------------------------------------------------
+
+
+class BadGradient(torch.autograd.Function):
+    """The value is fine; the gradient is infinite."""
+
+    @staticmethod
+    def forward(context, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * float("inf")
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda logits: logits * float("nan"), BadGradient.apply], ids=["loss", "gradient"]
+)
+def test_nan_stops_at_its_step_names_it_and_keeps_the_last_good_checkpoint(tmp_path, spoil, expected):
+    names = [f"slice-{index}" for index in range(len(TRAIN[0]))]
+    with pytest.raises(
+        NonFiniteError
+    ) as caught:  # three batches an epoch: step 8 is the second batch of epoch 3
+        run(tmp_path, on_forward=lambda step, logits: spoil(logits) if step == 8 else logits, ids=names)
+    batch = training.epoch_batches(10, 4, CONFIG.seed, 2)[1].tolist()
+    assert "epoch 3, batch 2" in str(caught.value)
+    assert f"slices {', '.join(names[index] for index in batch)}" in str(caught.value)
+    state = load_latest(tmp_path)
+    assert state["epoch"] == 2
+    for file in ("last.pt", "best.pt"):
+        assert all(
+            torch.isfinite(value).all() for value in load_checkpoint(tmp_path / file)["weights"].values()
+        )
+    assert weights_hash(run(tmp_path, resume="must").model) == expected  # without the fault, the run goes on
+
+
+def test_the_best_weights_since_the_last_save_survive_a_nan(tmp_path):
+    with pytest.raises(NonFiniteError):
+        run(
+            tmp_path,
+            replace(CONFIG, save_every=100),
+            on_forward=lambda step, logits: logits * (float("nan") if step == 8 else 1),
+        )
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] <= 2 and not (tmp_path / "last.pt").exists()
+
+
+# --- row 57: full disk --------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_an_oserror_and_leaves_the_old_files(tmp_path, monkeypatch, expected):
+    run(tmp_path)
+    content = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance.os, "fsync", full)
+        with pytest.raises(OSError) as caught:
+            save_checkpoint(tmp_path / "last.pt", {"epoch": 99})
+    assert caught.value.errno == errno.ENOSPC and "last.pt" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")} == content
+    assert not list(tmp_path.glob(".*.tmp")) and not list(tmp_path.glob("*.tmp"))
+    assert weights_hash(run(tmp_path, resume="must").model) == expected
+
+
+def test_a_file_size_limit_in_the_middle_of_a_run_can_be_resumed_from(tmp_path, expected):
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+        def limit(step, logits):
+            if step == 8:  # in epoch 3; the files of two epochs are there
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+            return logits
+
+        try:
+            run(tmp_path, on_forward=limit)
+        except OSError as error:
+            raise SystemExit(57 if error.errno == errno.EFBIG and ".pt" in str(error) else 1) from error
+
+    assert in_child(limited) == 57
+    assert not list(tmp_path.glob(".*.tmp"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # last.pt had become prev.pt when the disk filled
+        assert load_latest(tmp_path)["epoch"] == 2
+        assert weights_hash(run(tmp_path, resume="must").model) == expected
+
+
+# --- row 58: killed at any moment ---------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a kill between two operations on files."""
+
+
+class DyingReplace:
+    """`os.replace` that dies at its n-th call, before or after doing its work."""
+
+    def __init__(self, number: int, before: bool) -> None:
+        self.number, self.before, self.calls, self.real = number, before, 0, os.replace
+
+    def __call__(self, source, target) -> None:
+        self.calls += 1
+        if self.calls == self.number and self.before:
+            raise Killed
+        self.real(source, target)
+        if self.calls == self.number:
+            raise Killed
+
+
+@pytest.mark.filterwarnings("ignore:resuming from prev.pt", "ignore:checkpoint is damaged")
+@pytest.mark.parametrize("before", [True, False])
+def test_a_kill_at_any_rename_leaves_a_sound_checkpoint(tmp_path, monkeypatch, before):
+    finished = []
+    for number in range(1, 13):
+        folder, dying = tmp_path / str(number), DyingReplace(number, before)
+        folder.mkdir()
+        for epoch in (1, 2):
+            rotate_checkpoints(folder)
+            save_checkpoint(folder / "last.pt", {"epoch": epoch})
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(os, "replace", dying)
+            rotate_checkpoints(folder)
+            save_checkpoint(folder / "last.pt", {"epoch": 3})
+            finished.append(number)
+        assert load_latest(folder)["epoch"] in ((3,) if number in finished else (2, 3))
+    assert finished and min(finished) >= 6  # five renames and more; the loop has gone past the last
+
+
+def fork_run(folder) -> int:
+    """A whole run in a forked process; its process id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run(folder)
+        finally:
+            os._exit(0)
+    return child
+
+
+@pytest.mark.filterwarnings("ignore:resuming from prev.pt")
+def test_twenty_kills_at_random_moments(tmp_path, expected):
+    started = time.monotonic()
+    os.waitpid(fork_run(tmp_path / "timed"), 0)
+    usual, draw, folder, kills, finished = (
+        time.monotonic() - started,
+        random.Random(0),
+        tmp_path / "run-0",
+        0,
+        0,
+    )
+    while kills < 20:
+        child = fork_run(folder)
+        time.sleep(draw.uniform(0, usual))
+        os.kill(child, signal.SIGKILL)
+        kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        state = load_latest(folder) if folder.exists() else None  # never a CheckpointError
+        if state and state["epoch"] == CONFIG.epochs:
+            assert weights_hash(run(folder).model) == expected
+            finished += 1
+            folder = tmp_path / f"run-{finished}"
+    assert weights_hash(run(folder).model) == expected and finished >= 1
+
+
+# --- row 59: signals ----------------------------------------------------------------------------------------
+
+
+def sends(number: int, *steps: int):
+    """Sends a signal to its own process in the given training steps."""
+
+    def on_forward(step, logits):
+        if step in steps:
+            os.kill(os.getpid(), number)
+        return logits
+
+    return on_forward
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_signal_finishes_the_batch_saves_and_exits(tmp_path, number, status, step, expected):
+    assert in_child(lambda: run(tmp_path, on_forward=sends(number, step))) == status
+    state = load_checkpoint(tmp_path / "last.pt")
+    assert 3 * state["epoch"] + state["batch"] == step  # exactly the batches done, also inside an epoch
+    assert weights_hash(run(tmp_path, resume="must").model) == expected
+
+
+def test_a_second_signal_quits_at_once(tmp_path):
+    def twice(step, logits):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return logits
+
+    def child():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        run(tmp_path, on_forward=twice)
+
+    started = time.monotonic()
+    assert in_child(child) == -signal.SIGTERM
+    assert time.monotonic() - started < 5 and not (tmp_path / "last.pt").exists()
+
+
+# --- row 61, here: two runs in one folder -------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_same_folder_is_locked_out(tmp_path):
+    with run_lock(tmp_path), pytest.raises(RunLockedError, match=str(os.getpid())):
+        run(tmp_path)
+    assert not (tmp_path / "last.pt").exists()
