@@ -1,0 +1,160 @@
+"""The command line as a user meets it: exit statuses, clean messages, nothing heavy loaded, interruption."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from covidsev.cli import main, parse_settings, run_cleanly
+from covidsev.config import CheckpointError, ConfigError, NonFiniteError, RunLockedError
+from covidsev.provenance import run_lock
+
+COMMAND = [sys.executable, "-c", "from covidsev.cli import main; main()"]
+TINY = ["--set", "epochs=1", "--set", "size=64", "--set", "n_train=4", "--set", "n_test=2", "--set", "val_slices=2",
+        "--set", "warmup_epochs=0"]
+
+
+def call(*arguments):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+def test_info_is_quick_and_loads_nothing_heavy():
+    code = ("import sys; from covidsev.cli import main\nmain(['info', '--json'], standalone_mode=False)\n"
+            "print(*sorted({'torch', 'numpy', 'pandas', 'matplotlib', 'papermill', 'scipy'} & set(sys.modules)), file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == ""
+    facts = json.loads(done.stdout)
+    assert facts["packages"]["torch"] and set(facts["profiles"]) == {"smoke", "cpu", "paper"}
+
+
+def test_console_script_is_installed():
+    script = Path(sys.executable).parent / "covidsev"
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("covidsev, version ")
+
+
+@pytest.mark.parametrize("error, status", [(ConfigError("x"), 2), (RunLockedError("x"), 4), (CheckpointError("x"), 5),
+                                           (NonFiniteError("x"), 1), (OSError(28, "No space left on device", "file"), 1),
+                                           (KeyboardInterrupt(), 130)])
+def test_each_error_has_its_status(error, status, capsys):
+    def fail():
+        raise error
+
+    assert run_cleanly(fail) == status
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_bugs_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run_cleanly(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("arguments, hint", [
+    (["reproduce", "--profile", "smoek"], "did you mean 'smoke'?"),
+    (["reproduce", "--row", "sinfnet_aug_0.6"], "did you mean 'sinfnet_aug_0.5'?"),
+    (["reproduce", "--only", "train_singel"], "did you mean 'train_single'?"),
+    (["reproduce", "--set", "learning_rat=1"], "did you mean 'learning_rate'?"),
+    (["reproduce", "--set", "epochs"], "--set epochs=2"),
+    (["reproduce", "--jobs", "0"], "at least 1"),
+    (["reproduce", "--seed", "one"], "--seed"),
+    (["render", "train_single"], "cannot be rendered"),
+    (["render"], "covidsev reproduce --profile smoke"),
+    (["train", "--row", "unett"], "did you mean 'unet'?"),
+    (["nonsense"], "nonsense"),
+])
+def test_usage_errors(arguments, hint, tmp_path):
+    status, text = call(*arguments, *(["--out", tmp_path] if arguments[0] != "nonsense" else []))
+    assert status == 2 and hint in text and "Traceback" not in text
+    assert not list(tmp_path.rglob("run.json"))
+
+
+@pytest.mark.parametrize("arguments", [["reproduce", "--profile", "cpu"], ["reproduce", "--profile", "paper", "--device", "cpu"],
+                                       ["train", "--profile", "cpu"]])
+def test_missing_data_says_how_to_get_them(arguments, tmp_path):
+    status, text = call(*arguments, "--data-root", tmp_path, "--out", tmp_path / "out")
+    assert status == 2 and "covidsev data get covid-semiseg" in text
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_data_root_that_is_not_there(tmp_path):
+    status, text = call("reproduce", "--profile", "cpu", "--data-root", tmp_path / "nowhere")
+    assert status == 2 and "nowhere" in text
+
+
+def test_data_get_without_network_names_the_way_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    status, text = call("data", "get", "covid-semiseg", "--root", tmp_path, "--url", "http://127.0.0.1:9/archive.zip")
+    assert status == 2 and "by hand" in text and "Traceback" not in text
+
+
+def test_data_check_of_real_data(data_root):
+    status, text = call("data", "check", "--root", data_root)
+    assert status == 0 and "COVID-SemiSeg" in text and "0 faults" in text
+
+
+def test_locked_run_is_status_4(tmp_path):
+    folder = tmp_path / "results/smoke/train_single/unet-seed0"
+    with run_lock(folder):
+        status, text = call("reproduce", "--only", "train_single", "--row", "unet", "--seed", "0", "--out", tmp_path, *TINY)
+    assert status == 4 and f"process {os.getpid()} on " in text
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_train_then_damaged_checkpoint_is_status_5(tmp_path):
+    status, text = call("train", "--row", "unet", "--out", tmp_path, *TINY)
+    assert status == 0 and "dice" in text
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    status, text = call("train", "--row", "unet", "--out", tmp_path, *TINY)
+    assert status == 5 and "Traceback" not in text
+
+
+def test_evaluate_writes_what_it_prints(tmp_path):
+    for name in ("maps", "masks"):
+        (tmp_path / name).mkdir()
+    mask = np.zeros((80, 80), np.uint8)
+    mask[20:40, 20:60] = 255
+    Image.fromarray(mask).save(tmp_path / "masks/a.png")
+    Image.fromarray(mask[::2, ::2]).save(tmp_path / "maps/a.png")  # half the size: the map is resized, never the mask
+    status, text = call("evaluate", "--pred", tmp_path / "maps", "--truth", tmp_path / "masks", "--out", tmp_path / "out")
+    assert status == 0 and "meanDice" in text
+    assert (tmp_path / "out/summary.csv").read_text().startswith("metric,value\n")
+    assert "a" in (tmp_path / "out/per_image.csv").read_text().splitlines()[1].split(",")[0]
+
+
+def test_settings_are_read_as_literals():
+    assert parse_settings(("a=1", "b=[1, 2.5]", "c=None", "d=False", "e=phantom", "f=x=y")) == \
+        {"a": 1, "b": [1, 2.5], "c": None, "d": False, "e": "phantom", "f": "x=y"}
+
+
+def test_interrupted_reproduce_is_status_130_and_leaves_no_process(tmp_path):
+    arguments = ["reproduce", "--only", "train_single", "--row", "sinfnet", "--row", "unet", "--seed", "0", "--jobs", "2",
+                 "--out", tmp_path, "--set", "epochs=500", "--set", "size=64", "--set", "warmup_epochs=0"]
+    process = subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "checkpoints").rglob("last.pt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors and "interrupted" in errors
+    assert not list((tmp_path / "results").rglob("metrics.csv"))
+    deadline = time.monotonic() + 20
+    while kernels_in(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not kernels_in(process.pid)
+
+
+def kernels_in(session):
+    """Process ids that still belong to a session."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,sess="], capture_output=True, text=True, check=True).stdout
+    return [line.split()[0] for line in listed.splitlines() if line.split()[1] == str(session)]

@@ -1,0 +1,172 @@
+"""The one command, end to end on a tiny phantom: everything is made, the second time nothing is, and equal runs write equal bytes."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from covidsev import experiments
+from covidsev.config import repo_root
+from covidsev.experiments import Places, check_manifest, load_registry
+from covidsev.provenance import read_json
+
+TINY = {"epochs": 2, "size": 64, "n_train": 4, "n_test": 4, "val_slices": 2, "warmup_epochs": 0}
+FILES = ("metrics.csv", "per_image.csv", "history.csv")
+
+
+def run(root, **options):
+    """`reproduce` of two rows with one seed below `root`; returns the plan and what was printed."""
+    lines = []
+    options = {"rows": ["sinfnet", "unet"], "seeds": [0], "overrides": TINY, "echo": lines.append, **options}
+    return experiments.reproduce("smoke", root=root, **options), "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Everything of the smoke profile, tiny, made once for all tests of this file."""
+    root = tmp_path_factory.mktemp("made")
+    _, text = run(root, jobs=2)
+    return root, text
+
+
+def test_everything_is_made(made):
+    root, text = made
+    assert "[6/6]" in text and "FAILED" not in text
+    for row in ("sinfnet", "unet"):
+        folder = root / "results/smoke/train_single" / f"{row}-seed0"
+        assert {*FILES, "run.json", "timing.json", "executed.ipynb"} <= {path.name for path in folder.iterdir()}
+        assert set(pd.read_csv(folder / "metrics.csv").columns) == {"subset", "metric", "value", "n"}
+    for name in ("table1_test_loss", "table2_dice"):
+        assert {path.suffix for path in (root / "results/smoke/tables").glob(f"{name}.*")} == {".csv", ".md", ".tex"}
+    assert {path.name for path in (root / "figures/smoke").iterdir()} == {"learning_curves.svg", "learning_curves.png",
+                                                                         "qualitative.svg", "qualitative.png"}
+    assert not list(root.rglob("*.failed.ipynb")) and not list(root.rglob("*.partial"))
+
+
+def test_run_record_says_what_was_done(made):
+    record = read_json(made[0] / "results/smoke/train_single/sinfnet-seed0/run.json")
+    assert {name: record["parameters"][name] for name in TINY} == TINY
+    assert record["data"]["kind"] == "phantom" and record["data"]["splits"]["test"]["n"] == 4
+    assert record["environment"]["packages"]["torch"] and record["init"] == "scratch"
+    assert set(record["cache"]) == {"parameters", "notebook", "modules", "data", "needs"}
+    assert "covidsev.training" in record["cache"]["modules"] and "covidsev.figures" not in record["cache"]["modules"]
+    text = (made[0] / "results/smoke/train_single/sinfnet-seed0/run.json").read_text()
+    assert str(made[0]) not in text and os.uname().nodename not in text and str(Path.home()) + "/" not in text
+
+
+def test_tables_show_what_was_run_and_what_was_not(made):
+    table = pd.read_csv(made[0] / "results/smoke/tables/table2_dice.csv")
+    here = table[table.subset == "test"].set_index("row")
+    metrics = pd.read_csv(made[0] / "results/smoke/train_single/unet-seed0/metrics.csv").set_index(["subset", "metric"])["value"]
+    assert here.loc["unet", "dice_mean"] == pytest.approx(metrics["test", "dice"], nan_ok=True)
+    assert here.loc["unet", "seeds"] == 1 and here.loc["sinfnet_aug_0.4", "seeds"] == 0
+    assert pd.isna(here.loc["sinfnet_aug_0.4", "dice_mean"])
+    assert here.loc["sinfnet_aug_0.5", "draft2_reread"] == pytest.approx(1 - here.loc["sinfnet_aug_0.5", "draft2_printed"])
+    text = (made[0] / "results/smoke/tables/table2_dice.md").read_text(encoding="utf-8")
+    assert "phantom · smoke · seed 0 · n = 4" in text and "not run" in text and "NOT TESTED" in text
+    assert "| PASS |" not in text  # a phantom proves nothing
+
+
+def test_second_time_nothing_runs(made):
+    before = {path: path.stat().st_mtime_ns for path in made[0].rglob("*") if path.is_file() and path.name != "manifest.json"}
+    plan, text = run(made[0])
+    assert [each.reasons for each in plan] == [[]] * len(plan) and text.count("cached") == 6
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_explain_names_the_changed_parameter_and_runs_nothing(made):
+    plan, text = run(made[0], explain=True, overrides={**TINY, "epochs": 3})
+    assert "parameter epochs: 2 -> 3" in text
+    assert all(each.reasons for each in plan)  # the tables need the runs
+    assert pd.read_csv(made[0] / "results/smoke/train_single/unet-seed0/history.csv").shape[0] == 2
+
+
+def test_explain_names_changed_library_code_but_not_changed_drawing(made, monkeypatch):
+    whole = experiments.source_key
+
+    def edited(module):
+        return lambda modules: {name: "0" * 64 if name == module else key for name, key in whole(modules).items()}
+
+    monkeypatch.setattr(experiments, "source_key", edited("covidsev.losses"))
+    plan, text = run(made[0], explain=True)
+    assert "module covidsev.losses changed" in text
+    monkeypatch.setattr(experiments, "source_key", edited("covidsev.figures"))
+    plan, text = run(made[0], explain=True)
+    assert [bool(each.reasons) for each in plan if each.run.kind == "compute"] == [False, False]
+    assert all(each.reasons for each in plan if each.run.kind == "render")
+
+
+def test_explain_names_the_edited_notebook(made, monkeypatch):
+    whole = experiments.notebook_key
+    monkeypatch.setattr(experiments, "notebook_key", lambda path: "0" * 64 if Path(path).stem == "train_single" else whole(path))
+    assert "notebook train_single.ipynb changed" in run(made[0], explain=True)[1]
+
+
+def test_changed_output_is_made_again_from_the_rest(made):
+    table = made[0] / "results/smoke/tables/table1_test_loss.csv"
+    good = table.read_bytes()
+    table.write_text("edited by hand")
+    assert check_manifest(Places(made[0]), "smoke") == ["results/smoke/tables/table1_test_loss.csv differs"]
+    plan, text = run(made[0])
+    assert [each.run.name for each in plan if each.reasons] == ["table1_test_loss"]
+    assert "was changed after the run" in text and table.read_bytes() == good
+    assert check_manifest(Places(made[0]), "smoke") == []
+
+
+def test_manifest_lists_every_result_file(made):
+    files = {entry["path"] for entry in read_json(made[0] / "results/smoke/manifest.json")["files"]}
+    there = {path.relative_to(made[0]).as_posix() for folder in ("results", "figures") for path in (made[0] / folder).rglob("*")
+             if path.is_file() and path.name not in ("manifest.json", "timing.json", "executed.ipynb", ".lock")}
+    assert files == there
+
+
+def test_only_the_best_weights_are_kept(made):
+    kept = [path.name for path in (made[0] / "checkpoints/smoke/train_single/unet-seed0").rglob("*.pt")]
+    assert kept == ["best.pt"]
+
+
+# sockets that leave this machine are refused, as on a machine without a network
+OFFLINE = """
+import socket
+connect = socket.socket.connect
+def refuse(self, address):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        raise OSError(101, "Network is unreachable")
+    return connect(self, address)
+socket.socket.connect = refuse
+"""
+
+
+def test_another_process_place_locale_and_hash_seed_write_the_same_bytes_offline(made, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(OFFLINE)
+    (tmp_path / "elsewhere ü").mkdir()
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Pacific/Auckland", "LC_ALL": "C.UTF-8", "COVIDSEV_QUIET": "1",
+                   "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(repo_root())])}
+    command = [sys.executable, "-c", "from covidsev.cli import main; main()", "reproduce", "--only", "train_single", "--row", "unet",
+               "--seed", "0", "--out", str(tmp_path / "elsewhere ü")]
+    pairs = [word for name, value in TINY.items() for word in ("--set", f"{name}={value}")]
+    subprocess.run([*command, *pairs], check=True, cwd=repo_root() / "nbs", env=environment, stdout=subprocess.DEVNULL)
+    for name in (*FILES, "run.json"):
+        one, other = (root / "results/smoke/train_single/unet-seed0" / name for root in (made[0], tmp_path / "elsewhere ü"))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
+def test_real_data_run_end_to_end_writes_no_picture(data_root, tmp_path):
+    """Two epochs on the real slices: numbers come out, the maps stay in checkpoints/, no picture reaches figures/."""
+    experiments.reproduce("cpu", ["train_single", "figure_qualitative"], ["unet"], [0], root=tmp_path, data=data_root, echo=lambda line: None,
+                          overrides={"epochs": 1, "size": 64, "warmup_epochs": 0, "n_train": 8, "n_test": 6})
+    folder = tmp_path / "results/cpu/train_single/unet-seed0"
+    record = read_json(folder / "run.json")
+    assert record["data"]["kind"] == "real" and set(record["cache"]["data"]) == {"train", "val", "test"}
+    assert (tmp_path / "checkpoints/cpu/local/maps/unet-seed0.npz").is_file()
+    assert (tmp_path / "checkpoints/cpu/local/qualitative.png").is_file()
+    assert not list((tmp_path / "results").rglob("*.png")) and not (tmp_path / "figures").exists()
+
+
+def test_registry_rows_are_a_few_lines_each():
+    text = (load_registry().folder / "experiments.toml").read_text(encoding="utf-8")
+    for block in text.split("[experiments.train_single.rows.")[1:]:
+        assert len([line for line in block.split("\n[")[0].splitlines()[1:] if line and not line.startswith("#")]) <= 4
