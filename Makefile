@@ -20,7 +20,7 @@ SHELL := /bin/bash
 # notebooks run in the environment made here, not in a kernel that the user has registered under the same name
 export JUPYTER_PREFER_ENV_PATH = 1
 .DEFAULT_GOAL := help
-.PHONY: reproduce test bench lab render clean help
+.PHONY: reproduce test bench lab render readme clean help
 
 reproduce: $(STAMP) ## run every experiment and draw the tables: PROFILE=smoke (phantom, minutes), cpu or paper (real data)
 	@$(BIN)/covidsev reproduce --profile $(PROFILE)
@@ -40,6 +40,12 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 
 render: $(STAMP) ## draw tables and figures again from results that are there: PROFILE=smoke, cpu or paper
 	@$(BIN)/covidsev render --profile $(PROFILE)
+
+# The front door is a notebook; links that are relative to nbs/ become relative to the top.
+README ?= README.md
+readme: $(STAMP) ## write README.md from nbs/index.ipynb
+	@$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --stdout nbs/index.ipynb \
+	  | sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9][0-9a-z_]*\.ipynb|experiments)\)#](nbs/\1)#g' | cat -s > $(README)
 
 clean: ## remove the virtual environment and caches; data, checkpoints, results and figures stay
 	@rm -rf $(VENV) covidsev.egg-info build _docs .pytest_cache .hypothesis .ruff_cache

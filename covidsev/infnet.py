@@ -465,7 +465,8 @@ class InfNet(nn.Module):
     The prediction is `s_3`. backbone: a name of `BACKBONES`. channels: width after the receptive field blocks
     (None: 32, or 16 for "small"). init: "scratch" (the caller seeds) or "imagenet" (downloaded, or read from
     `weights_path`); `init_record` says which. Raises GeometryError for sides that are no multiples of the
-    coarsest stride, ConfigError for an unknown name, CheckpointError and ChecksumError for weights that do not fit.
+    coarsest stride, ConfigError for an unknown name, CheckpointError or ChecksumError for weights that do
+    not fit.
     Source: paper section IV.A and figure 1; Fan et al. 2020.
     """
 

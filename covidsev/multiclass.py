@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .config import CLASSES, ConfigError, GeometryError, IntensityError, LeakageError, MaskError, check_choice
+from .config import (CLASSES, ConfigError, GeometryError, IntensityError, LeakageError, MaskError,
+                             check_choice)
 from .datasets import SliceSet, check_disjoint
 from .infnet import ConvBN, ResidualBlock, check_input, initialise_he, load_strict, resize_map
 from .metrics import as_map, check_pairs, confusion, overlap
@@ -26,24 +27,25 @@ if TYPE_CHECKING:  # for readers and editors: pandas is imported where a table i
 # %% auto #0
 __all__ = ['N_CLASSES', 'FORMS', 'LOSS_KINDS', 'PRIOR_SOURCES', 'Predict', 'RECONSTRUCTED', 'check_labels', 'one_hot',
            'check_prior', 'DoubleConv', 'UpStep', 'Form', 'MultiClassOutputs', 'MultiClassUNet', 'MultiClassLoss',
-           'check_loss', 'smooth_background', 'focal', 'loss_map', 'multiclass_loss', 'class_table', 'balanced_weights',
-           'fold_assignments', 'Priors', 'check_priors', 'out_of_fold_priors', 'predicted_priors', 'training_priors',
-           'prior_tensor', 'classes_of', 'predict_logits', 'predict_classes', 'class_dice', 'dice_table',
-           'Reconstruction', 'ReconstructionUNet', 'TransferReport', 'transfer_weights']
+           'check_loss', 'smooth_background', 'focal', 'loss_map', 'weight_map', 'multiclass_loss', 'class_table',
+           'balanced_weights', 'fold_assignments', 'Priors', 'check_priors', 'out_of_fold_priors', 'predicted_priors',
+           'training_priors', 'prior_tensor', 'classes_of', 'predict_logits', 'predict_classes', 'class_dice',
+           'dice_table', 'Reconstruction', 'ReconstructionUNet', 'TransferReport', 'transfer_weights']
 
 # %% ../nbs/07_multiclass.ipynb #cell-008
 N_CLASSES = len(CLASSES)
 
 
 def _checked_here(values: Tensor) -> bool:
-    """Whether to look at the values: on an accelerator that would stall it at every step, and under a compiler break the graph.
+    """Whether to look at the values here, or trust that this was done where the data came in.
 
-    There the values were looked at on their way in, by `prior_tensor` and by the readers of labels."""
+    On an accelerator a look stalls every step, and under a compiler it breaks the graph; there `prior_tensor`
+    and the readers of labels have looked."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
-# %% ../nbs/07_multiclass.ipynb #cell-009
+
 def check_labels(labels: Tensor) -> Tensor:
-    """`labels` if they are integers, all 0, 1 or 2, and at least one; MaskError with what was found otherwise."""
+    """`labels` if they are integers, all 0, 1 or 2; MaskError otherwise, and for no pixel."""
     if labels.is_floating_point() or not labels.numel():
         raise MaskError("labels must be integer classes", found=f"{labels.dtype} {tuple(labels.shape)}",
                         expected="uint8 (B, 1, H, W)", fix="read them with covidsev.datasets.read_labels")
@@ -54,9 +56,9 @@ def check_labels(labels: Tensor) -> Tensor:
                         fix="read them with covidsev.datasets.read_labels, and resize them nearest")
     return labels
 
-# %% ../nbs/07_multiclass.ipynb #cell-010
+# %% ../nbs/07_multiclass.ipynb #cell-009
 def one_hot(labels: Tensor) -> Tensor:
-    """Integer labels `(B, 1, H, W)` in {0, 1, 2} to float planes `(B, 3, H, W)`, of which exactly one is 1 at each pixel.
+    """Integer labels `(B, 1, H, W)` in {0, 1, 2} to float planes `(B, 3, H, W)`, one of them 1 at each pixel.
 
     Raises GeometryError for another shape, and MaskError for other values (looked at on the CPU only)."""
     if labels.ndim != 4 or labels.shape[1] != 1:
@@ -66,7 +68,7 @@ def one_hot(labels: Tensor) -> Tensor:
     classes = torch.arange(N_CLASSES, device=labels.device).view(1, -1, 1, 1)
     return (labels == classes).float()
 
-# %% ../nbs/07_multiclass.ipynb #cell-016
+# %% ../nbs/07_multiclass.ipynb #cell-015
 _TOLERANCE = 1e-4  # what a bilinear step may add to a probability by rounding
 
 
@@ -78,43 +80,47 @@ def check_prior(image: Tensor, prior: Tensor) -> None:
         raise GeometryError("prior and image do not fit", expected="the same float (B, 1, H, W)",
                             found=f"image {tuple(image.shape)}, prior {prior.dtype} {tuple(prior.shape)}",
                             fix="make it with covidsev.multiclass.prior_tensor, at the size of the images")
-    if _checked_here(prior):
+    if prior.numel() and _checked_here(prior):
         low, high = (float(value) for value in torch.aminmax(prior.detach()))
         if not (-_TOLERANCE <= low and high <= 1 + _TOLERANCE):  # NaN fails as well
             raise IntensityError("the prior must hold probabilities", found=f"values {low:g} to {high:g}",
-                                 expected="values in [0, 1]", fix="divide an 8-bit map by 255; take the sigmoid of logits")
+                                 expected="values in [0, 1]",
+                                 fix="divide an 8-bit map by 255; take the sigmoid of logits")
 
-# %% ../nbs/07_multiclass.ipynb #cell-019
+# %% ../nbs/07_multiclass.ipynb #cell-018
 class DoubleConv(nn.Sequential):
-    """Twice 3x3 convolution with bias, batch normalisation and ReLU, through `middle` channels (None: `outputs`); size kept."""
+    """Twice: 3x3 convolution with bias, normalisation, ReLU; `middle` channels between (or `outputs`)."""
 
     def __init__(self, inputs: int, outputs: int, middle: int | None = None):
         middle = outputs if middle is None else middle
-        super().__init__(nn.Conv2d(inputs, middle, 3, padding=1), nn.BatchNorm2d(middle), nn.ReLU(inplace=True),
-                         nn.Conv2d(middle, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+        layers: list[nn.Module] = []
+        for i, o in ((inputs, middle), (middle, outputs)):
+            layers += [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
+        super().__init__(*layers)
 
-# %% ../nbs/07_multiclass.ipynb #cell-020
+# %% ../nbs/07_multiclass.ipynb #cell-019
 class UpStep(nn.Module):
-    """One step up: bilinear enlargement to the size of the skip, concatenation, convolution to `outputs` channels.
+    """One step up: bilinear enlargement to the skip, concatenation, convolution to `outputs` channels.
 
-    published: corners aligned and a `DoubleConv` with half of the joined channels in the middle; else one `ConvBN` and ReLU."""
+    published: corners aligned and a `DoubleConv` with half of the joined channels in the middle; else one
+    `ConvBN` and ReLU."""
 
     def __init__(self, deep: int, skip: int, outputs: int, *, published: bool):
         super().__init__()
         joined, self.align_corners = deep + skip, published
-        one = nn.Sequential(ConvBN(joined, outputs, 3), nn.ReLU(inplace=True)) if not published else None
-        self.conv = one or DoubleConv(joined, outputs, joined // 2)
+        self.conv = (DoubleConv(joined, outputs, joined // 2) if published
+                     else nn.Sequential(ConvBN(joined, outputs, 3), nn.ReLU(inplace=True)))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         enlarged = resize_map(x, skip.shape[-2:], align_corners=self.align_corners)
         return self.conv(torch.cat([skip, enlarged], dim=1))
 
-# %% ../nbs/07_multiclass.ipynb #cell-023
+# %% ../nbs/07_multiclass.ipynb #cell-022
 class Form(NamedTuple):
-    """Shape of a multi-class U-Net: channels on the way down (fine to coarse) and up (coarse to fine), channels of the prior.
+    """Shape of a multi-class U-Net: channels on the way down (fine to coarse) and up, channels of the prior.
 
-    inject: stages after which the raw input is laid beside the features. small: stem of stride 2 and residual stages.
-    multiple: what the sides of a slice must be a multiple of."""
+    inject: stages after which the raw input is laid beside the features. small: stem of stride 2 and residual
+    stages. multiple: what the sides of a slice must be a multiple of."""
 
     down: tuple[int, ...] = (64, 128, 256, 512, 512)
     up: tuple[int, ...] = (256, 128, 64, 64)
@@ -127,27 +133,28 @@ class Form(NamedTuple):
 FORMS = {"published": Form(), "improved": Form(inject=(2, 4)),
          "small": Form((24, 48, 96, 128, 160), (128, 96, 48, 24), prior_channels=1, small=True, multiple=32)}
 
-# %% ../nbs/07_multiclass.ipynb #cell-024
+
 class MultiClassOutputs(NamedTuple):
-    """What the network gives: logits `(B, 3, H, W)` at the input's size, in the order background, GGO, consolidation."""
+    """What the network gives: logits `(B, 3, H, W)` at the input's size; background, GGO, consolidation."""
 
     logits: Tensor
 
-# %% ../nbs/07_multiclass.ipynb #cell-025
+# %% ../nbs/07_multiclass.ipynb #cell-023
 def _stage(form: Form, inputs: int, outputs: int, *, first: bool) -> nn.Module:
     """One stage of the way down; all but the first halve the size."""
     if form.small:
         return ResidualBlock(inputs, outputs, 1 if first else 2)
-    return DoubleConv(inputs, outputs) if first else nn.Sequential(nn.MaxPool2d(2), DoubleConv(inputs, outputs))
+    stage = DoubleConv(inputs, outputs)
+    return stage if first else nn.Sequential(nn.MaxPool2d(2), stage)
 
 
 def _way_down(form: Form, planes: int) -> tuple[nn.Module, nn.ModuleList, list[int]]:
     """Stem, stages, and the channels that each stage hands on (with the raw input where it is injected)."""
-    stem = nn.Sequential(ConvBN(planes, form.down[0], 3, stride=2), nn.ReLU(inplace=True)) if form.small else nn.Identity()
+    half = [ConvBN(planes, form.down[0], 3, stride=2), nn.ReLU(inplace=True)] if form.small else []
     given = [width + planes * (k in form.inject) for k, width in enumerate(form.down)]
     taken = [form.down[0] if form.small else planes, *given[:-1]]
     stages = [_stage(form, i, o, first=k == 0) for k, (i, o) in enumerate(zip(taken, form.down, strict=True))]
-    return stem, nn.ModuleList(stages), given
+    return nn.Sequential(*half), nn.ModuleList(stages), given
 
 
 def _way_up(form: Form, given: list[int]) -> nn.ModuleList:
@@ -155,14 +162,14 @@ def _way_up(form: Form, given: list[int]) -> nn.ModuleList:
     widths = zip([given[-1], *form.up[:-1]], given[-2::-1], form.up, strict=True)
     return nn.ModuleList(UpStep(deep, skip, out, published=not form.small) for deep, skip, out in widths)
 
-# %% ../nbs/07_multiclass.ipynb #cell-026
+# %% ../nbs/07_multiclass.ipynb #cell-024
 class MultiClassUNet(nn.Module):
     """CT and prior, both float `(B, 1, H, W)` in [0, 1], to `MultiClassOutputs` with logits `(B, 3, H, W)`.
 
-    kind: "published" (the U-Net that Inf-Net's code uses; 17,269,251 parameters), "improved" (raw input again at 1/4 and 1/16;
-    17,390,553) or "small" (for a CPU; sides multiples of 32 instead of 16). The caller seeds.
-    Raises GeometryError for a slice or a prior of another shape, IntensityError for a prior outside [0, 1] (CPU only),
-    ConfigError for an unknown kind. Source: paper section IV.A and figure 2; Fan et al. 2020."""
+    kind: "published" (the U-Net of Inf-Net's code; 17,269,251 parameters), "improved" (raw input again at 1/4
+    and 1/16; 17,390,553) or "small" (for a CPU; sides multiples of 32 instead of 16). The caller seeds.
+    Raises GeometryError for a slice or a prior of another shape, IntensityError for a prior outside [0, 1]
+    (on the CPU only), ConfigError for an unknown kind. Source: paper IV.A and figure 2; Fan et al. 2020."""
 
     def __init__(self, kind: str = "published"):
         super().__init__()
@@ -176,13 +183,14 @@ class MultiClassUNet(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
     def join(self, image: Tensor, prior: Tensor) -> Tensor:
-        """Check both and lay them beside each other: the CT with ImageNet's mean and deviation, the prior as 2p - 1."""
+        """Check both; the CT with ImageNet's mean and deviation, and beside it the prior as 2p - 1."""
         check_input(image, self.form.multiple)
         check_prior(image, prior)
-        return torch.cat([(image - self.mean) / self.std, (2 * prior - 1).expand(-1, self.form.prior_channels, -1, -1)], dim=1)
+        planes = (2 * prior - 1).expand(-1, self.form.prior_channels, -1, -1)
+        return torch.cat([(image - self.mean) / self.std, planes], dim=1)
 
     def encode(self, raw: Tensor) -> list[Tensor]:
-        """Features of every stage, fine to coarse, with the raw input laid beside them where the form says so."""
+        """Features of every stage, fine to coarse, the raw input beside them where the form says so."""
         features, x = [], self.stem(raw)
         for number, stage in enumerate(self.down):
             x = stage(x)
@@ -202,15 +210,15 @@ class MultiClassUNet(nn.Module):
         return MultiClassOutputs(resize_map(self.head(self.features(image, prior)), image.shape[-2:]))
 
     def with_reconstruction_head(self, targets: Collection[str] = ("image", "prior")) -> "ReconstructionUNet":
-        """A copy for the inpainting pretext: same weights, the last layer replaced; see `ReconstructionUNet`."""
+        """A copy for the inpainting pretext, the last layer replaced; see `ReconstructionUNet`."""
         return ReconstructionUNet(self, targets)
 
-# %% ../nbs/07_multiclass.ipynb #cell-034
+# %% ../nbs/07_multiclass.ipynb #cell-032
 LOSS_KINDS = ("sigmoid", "softmax")
 
 
 class MultiClassLoss(NamedTuple):
-    """Settings of the loss: kind "sigmoid" (as published) or "softmax", three class weights, smoothing and focal options.
+    """Settings of the loss: "sigmoid" (as published) or "softmax", class weights, smoothing, focal options.
 
     The published variants: `background_smoothing=0.1`, `focal_gamma=2`."""
 
@@ -220,64 +228,78 @@ class MultiClassLoss(NamedTuple):
     focal_gamma: float = 0.0
     focal_alpha: float = 1.0
 
-# %% ../nbs/07_multiclass.ipynb #cell-035
+
 def check_loss(loss: MultiClassLoss) -> MultiClassLoss:
     """The settings, if they make a loss; ConfigError that names the wrong one otherwise."""
     check_choice("multi-class loss", loss.kind, LOSS_KINDS)
-    weights = loss.class_weights
-    if weights is not None and (len(weights) != N_CLASSES or not all(0 <= w < float("inf") for w in weights) or not sum(weights)):
-        raise ConfigError("class_weights must be three numbers, none negative and not all zero", found=weights,
+    weights = (1.0,) * N_CLASSES if loss.class_weights is None else loss.class_weights
+    if len(weights) != N_CLASSES or not all(0 <= w < float("inf") for w in weights) or not sum(weights):
+        raise ConfigError("class_weights must be three numbers, none negative, not all zero", found=weights,
                           fix="use covidsev.multiclass.balanced_weights")
     if not 0 <= loss.background_smoothing < 1:
-        raise ConfigError("background_smoothing is a share", found=loss.background_smoothing, expected="0 to below 1")
+        raise ConfigError("background_smoothing is a share", found=loss.background_smoothing,
+                          expected="0 to below 1")
     if not (loss.focal_gamma >= 0 and loss.focal_alpha > 0):
         raise ConfigError("the focal loss needs gamma of at least 0 and alpha above 0",
                           found=f"gamma {loss.focal_gamma}, alpha {loss.focal_alpha}")
     return loss
 
-# %% ../nbs/07_multiclass.ipynb #cell-036
+# %% ../nbs/07_multiclass.ipynb #cell-033
 def smooth_background(target: Tensor, share: float, *, spread: bool) -> Tensor:
-    """One-hot planes `(B, 3, H, W)` with the background plane times 1 - share; `spread`: what it loses goes to the others."""
+    """One-hot planes `(B, 3, H, W)`, the background times 1 - share; `spread`: the rest to the others."""
     background, infection = target[:, :1], target[:, 1:]
     infection = infection + spread * share / (N_CLASSES - 1) * background
     return torch.cat([(1 - share) * background, infection], dim=1)
 
 
 def focal(loss: Tensor, gamma: float, alpha: float = 1.0) -> Tensor:
-    """Focal weighting of un-reduced cross-entropies, of any shape: alpha (1 - exp(-loss))^gamma loss. Lin et al. 2017."""
+    """Focal form of un-reduced cross-entropies: alpha (1 - exp(-loss))^gamma loss. Lin et al. 2017."""
     return alpha * (-torch.expm1(-loss)).clamp_min(0) ** gamma * loss if gamma else alpha * loss
 
-# %% ../nbs/07_multiclass.ipynb #cell-037
-def loss_map(logits: Tensor, labels: Tensor, loss: MultiClassLoss = MultiClassLoss()) -> tuple[Tensor, Tensor]:
-    """Un-reduced loss and its weights, from logits `(B, 3, H, W)` and labels `(B, 1, H, W)`.
+# %% ../nbs/07_multiclass.ipynb #cell-034
+def loss_map(logits: Tensor, labels: Tensor, loss: MultiClassLoss = MultiClassLoss()) -> Tensor:
+    """Un-reduced, unweighted loss of logits `(B, 3, H, W)` against labels `(B, 1, H, W)`, in float32.
 
-    Both `(B, 3, H, W)` for "sigmoid", `(B, 1, H, W)` for "softmax". Errors as in `multiclass_loss`."""
+    `(B, 3, H, W)` for "sigmoid", `(B, 1, H, W)` for "softmax". Errors as in `multiclass_loss`."""
     truth, logits = one_hot(labels), logits.float()
     if truth.shape != logits.shape:
-        raise GeometryError("logits and labels differ in size", found=f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}",
-                            expected="(B, 3, H, W) and (B, 1, H, W)", fix="resize the labels, nearest")
+        raise GeometryError("logits and labels differ in size", expected="(B, 3, H, W) and (B, 1, H, W)",
+                            found=f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}",
+                            fix="resize the labels, nearest")
     softmax = loss.kind == "softmax"
     target = smooth_background(truth, loss.background_smoothing, spread=softmax)
-    weights = logits.new_tensor(loss.class_weights or (1.0,) * N_CLASSES).view(1, -1, 1, 1)
     if softmax:
-        each, weights = -(target * logits.log_softmax(dim=1)).sum(1, keepdim=True), (weights * truth).sum(1, keepdim=True)
+        each = -(target * logits.log_softmax(dim=1)).sum(dim=1, keepdim=True)
     else:
         each = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return focal(each, loss.focal_gamma, loss.focal_alpha), weights.expand_as(each)
+    return focal(each, loss.focal_gamma, loss.focal_alpha)
 
-# %% ../nbs/07_multiclass.ipynb #cell-038
+# %% ../nbs/07_multiclass.ipynb #cell-035
+def weight_map(labels: Tensor, loss: MultiClassLoss) -> Tensor:
+    """Weights for `loss_map`: of the plane for "sigmoid", of the pixel's true class for "softmax"."""
+    truth, weights = one_hot(labels), loss.class_weights or (1.0,) * N_CLASSES
+    planes = truth if loss.kind == "softmax" else torch.ones_like(truth)
+    weighted = torch.cat([weight * planes[:, k:k + 1] for k, weight in enumerate(weights)], dim=1)
+    return weighted.sum(dim=1, keepdim=True) if loss.kind == "softmax" else weighted
+
+
 def multiclass_loss(logits: Tensor, labels: Tensor, loss: MultiClassLoss = MultiClassLoss()) -> Tensor:
-    """The scalar to differentiate: weighted mean of `loss_map` over planes and pixels; always computed in float32.
+    """The scalar to differentiate: (weighted) mean of `loss_map` over planes and pixels, in float32.
 
-    Raises GeometryError for unequal sizes, MaskError for labels outside {0, 1, 2}, ConfigError for impossible settings."""
-    each, weights = loss_map(logits, labels, check_loss(loss))
+    Raises GeometryError for unequal sizes, MaskError for labels outside {0, 1, 2}, ConfigError for impossible
+    settings."""
+    each = loss_map(logits, labels, check_loss(loss))
+    if loss.class_weights is None:
+        return each.mean()
+    weights = weight_map(labels, loss)
     return (weights * each).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
 
-# %% ../nbs/07_multiclass.ipynb #cell-045
+# %% ../nbs/07_multiclass.ipynb #cell-042
 def class_table(labels: Sequence[ArrayLike]) -> "pd.DataFrame":
-    """One row a class: class, pixels, share of all pixels, slices that show it, and a note where there are none.
+    """One row a class: class, pixels, share of all pixels, slices that show it, a note where none does.
 
-    labels: integer arrays, each of its own size, in {0, 1, 2}; MaskError otherwise, ConfigError for no slice at all."""
+    labels: integer arrays in {0, 1, 2}, each of its own size; MaskError otherwise, ConfigError for
+    no slice."""
     import pandas as pd
 
     if not len(labels):
@@ -286,56 +308,63 @@ def class_table(labels: Sequence[ArrayLike]) -> "pd.DataFrame":
     counts = np.array([np.bincount(one.numpy().ravel(), minlength=N_CLASSES) for one in maps])
     pixels, slices = counts.sum(axis=0), (counts > 0).sum(axis=0)
     notes = ["" if n else "missing: cannot be learnt, and its Dice means nothing" for n in pixels]
-    return pd.DataFrame({"class": list(CLASSES), "pixels": pixels, "share": pixels / pixels.sum(), "slices": slices, "note": notes})
+    return pd.DataFrame({"class": list(CLASSES), "pixels": pixels, "share": pixels / pixels.sum(),
+                         "slices": slices, "note": notes})
 
-# %% ../nbs/07_multiclass.ipynb #cell-046
+# %% ../nbs/07_multiclass.ipynb #cell-043
 def balanced_weights(labels: Sequence[ArrayLike]) -> tuple[float, float, float]:
-    """Class weights that give each class the same total weight, one on average over the pixels: w = N / (3 n).
+    """Weights that give each class the same total, and the pixels one on average: w = N / (3 n).
 
     ConfigError when a class is missing. Errors as in `class_table`."""
     table = class_table(labels)
     if missing := list(table.loc[table["pixels"] == 0, "class"]):
-        raise ConfigError("a class is missing from the training set", found=f"no pixel of {', '.join(missing)}",
-                          expected="all three classes", fix="add slices that show it, or train without class weights")
+        raise ConfigError("a class is missing from the training set",
+                          found=f"no pixel of {', '.join(missing)}",
+                          expected="all three classes",
+                          fix="add slices that show it, or train without class weights")
     return tuple(float(n) for n in table["pixels"].sum() / (N_CLASSES * table["pixels"]))
 
-# %% ../nbs/07_multiclass.ipynb #cell-050
+# %% ../nbs/07_multiclass.ipynb #cell-047
 def fold_assignments(groups: Sequence[str], n_folds: int, seed: int = 0) -> NDArray[np.int64]:
-    """The fold (0 to n_folds - 1) of each slice: whole groups, in an order drawn with `seed`, each to the smallest fold.
+    """The fold (0 to n_folds - 1) of each slice: whole groups, drawn with `seed`, spread evenly.
 
     Depends on the set of groups and their sizes, not on the order of the slices.
     ConfigError unless there are at least two folds, and a group for each."""
-    names, number, sizes = np.unique([str(group) for group in groups], return_inverse=True, return_counts=True)
+    names, number, sizes = np.unique(list(map(str, groups)), return_inverse=True, return_counts=True)
     if not 2 <= n_folds <= len(names):
-        raise ConfigError(f"cannot make {n_folds} folds", found=f"{len(groups)} slices in {len(names)} scan groups",
-                          expected="at least 2 folds, and a scan group for each", fix="choose fewer folds, or add slices")
+        raise ConfigError(f"cannot make {n_folds} folds",
+                          found=f"{len(groups)} slices in {len(names)} scan groups",
+                          expected="at least 2 folds, and a scan group for each",
+                          fix="choose fewer folds, or add slices")
     drawn = np.random.default_rng(seed).permutation(len(names))
     fold_of, load = np.zeros(len(names), dtype=np.int64), np.zeros(n_folds, dtype=np.int64)
-    for group in drawn[np.argsort(-sizes[drawn], kind="stable")]:  # the large ones first: the folds come out even
+    for group in drawn[np.argsort(-sizes[drawn], kind="stable")]:  # large ones first: the folds come out even
         fold_of[group] = load.argmin()
         load[fold_of[group]] += sizes[group]
     return fold_of[number]
 
-# %% ../nbs/07_multiclass.ipynb #cell-052
+# %% ../nbs/07_multiclass.ipynb #cell-049
 PRIOR_SOURCES = ("out_of_fold", "predicted", "ground_truth")
 
-Predict = Callable[[Sequence[NDArray[np.uint8]]], Sequence[ArrayLike]]  # images (H, W) to maps (H, W) in [0, 1]
+# from images (H, W) to maps (H, W) in [0, 1]
+Predict = Callable[[Sequence[NDArray[np.uint8]]], Sequence[ArrayLike]]
 
 
 class Priors(NamedTuple):
-    """One map float32 (H, W) in [0, 1] for each slice, where they come from, and the ids that each slice's model had seen."""
+    """Maps float32 (H, W) in [0, 1], one a slice; their source; the ids that each slice's model had seen."""
 
     source: str
     maps: list[NDArray[np.float32]]
     seen: list[frozenset[str]]
 
-# %% ../nbs/07_multiclass.ipynb #cell-053
+
 def _as_prior(values: ArrayLike, image: NDArray) -> NDArray[np.float32]:
     """A map of the size of its image, in [0, 1]; GeometryError or IntensityError otherwise."""
     prior = as_map(values).astype(np.float32)
     if prior.shape != image.shape:
-        raise GeometryError("prior and image differ in size", found=f"image {image.shape}, prior {prior.shape}",
-                            fix="resize the prediction to the slice, as covidsev.inference.predict_slices does")
+        raise GeometryError("prior and image differ in size",
+                            found=f"image {image.shape}, prior {prior.shape}",
+                            fix="resize the prediction to the slice, as predict_slices does")
     return prior
 
 
@@ -346,44 +375,57 @@ def _apply(predict: Predict, slices: SliceSet) -> list[NDArray[np.float32]]:
         raise ConfigError("each slice needs one prior", found=f"{len(maps)} maps for {len(slices)} slices")
     return [_as_prior(values, image) for values, image in zip(maps, slices.images, strict=True)]
 
-# %% ../nbs/07_multiclass.ipynb #cell-054
-def check_priors(priors: Priors, slices: SliceSet) -> Priors:
-    """The priors, if no slice's model saw the slice or another one of its scan group; LeakageError with the ids otherwise.
+# %% ../nbs/07_multiclass.ipynb #cell-050
+def _seen_scans(priors: Priors, slices: SliceSet) -> list[str]:
+    """The ids of the slices whose model had seen the slice itself or another one of its scan group."""
+    group_of = dict(zip(slices.ids, slices.groups, strict=True))
+    return [slice_id for slice_id, seen in zip(slices.ids, priors.seen, strict=True)
+            if slice_id in seen or group_of[slice_id] in {group_of.get(other) for other in seen}]
 
-    Also refuses maps that equal the truth on every slice, whatever they are called, unless `source` says "ground_truth"."""
+
+def check_priors(priors: Priors, slices: SliceSet) -> Priors:
+    """The priors, if no slice's model saw the slice or its scan group; LeakageError with the ids otherwise.
+
+    Also refuses maps that equal the truth on every slice, whatever they are called, unless `source` says
+    "ground_truth"."""
     check_choice("source of priors", priors.source, PRIOR_SOURCES)
     if not len(priors.maps) == len(priors.seen) == len(slices):
-        raise ConfigError("each slice needs one prior", found=f"{len(priors.maps)} maps for {len(slices)} slices")
+        raise ConfigError("each slice needs one prior",
+                          found=f"{len(priors.maps)} maps for {len(slices)} slices")
     if priors.source == "ground_truth":
         return priors
-    group_of = dict(zip(slices.ids, slices.groups, strict=True))
-    leaks = [slice_id for slice_id, seen in zip(slices.ids, priors.seen, strict=True)
-             if group_of[slice_id] in {group_of.get(other) for other in seen} or slice_id in seen]
+    leaks = _seen_scans(priors, slices)
     if leaks:
-        raise LeakageError("priors come from models that saw the slice or its scan", found=f"slices {', '.join(leaks)}",
-                           expected="out-of-fold predictions", fix="use fold_assignments and out_of_fold_priors")
+        raise LeakageError("priors come from models that saw the slice or its scan",
+                           found=f"slices {', '.join(leaks)}",
+                           expected="out-of-fold predictions",
+                           fix="use fold_assignments and out_of_fold_priors")
     if all(np.array_equal(prior, slices.infection(k)) for k, prior in enumerate(priors.maps)):
-        raise LeakageError("the priors are the ground truth", found=f"{len(slices)} of {len(slices)} maps equal the mask",
+        raise LeakageError("the priors are the ground truth",
+                           found=f"{len(slices)} of {len(slices)} maps equal the mask",
                            expected="predictions", fix='if the ablation is meant, say prior="ground_truth"')
     return priors
 
-# %% ../nbs/07_multiclass.ipynb #cell-055
+# %% ../nbs/07_multiclass.ipynb #cell-051
 def _one_fold(train_fold: Callable, slices: SliceSet, folds: NDArray, fold: int) -> tuple[SliceSet, list]:
     """Train on the other folds, predict this one: the training part and the maps."""
-    train, held_out = slices.subset(np.flatnonzero(folds != fold)), slices.subset(np.flatnonzero(folds == fold))
+    train, held_out = (slices.subset(np.flatnonzero(part)) for part in (folds != fold, folds == fold))
     check_disjoint(train=train, held_out=held_out)
     return train, _apply(train_fold(train, fold), held_out)
 
 
-def out_of_fold_priors(train_fold: Callable[[SliceSet, int], Predict], slices: SliceSet, folds: ArrayLike) -> Priors:
+def out_of_fold_priors(train_fold: Callable[[SliceSet, int], Predict], slices: SliceSet,
+                       folds: ArrayLike) -> Priors:
     """A prior for each slice, from a model that saw neither the slice nor its scan group.
 
-    train_fold(train, fold) gets the slices of the other folds and gives a function from images to maps; that one sees
-    images only. folds: as `fold_assignments` gives them. LeakageError when a group or an identical image stands in two
-    folds or the maps are the truth; ConfigError for fewer than two folds; GeometryError, IntensityError for wrong maps."""
+    train_fold(train, fold) gets the slices of the other folds and gives a function from images to maps; it
+    sees images only. folds: as `fold_assignments` gives them. LeakageError when a group or an identical image
+    stands in two folds or the maps are the truth; ConfigError for fewer than two folds; GeometryError,
+    IntensityError for wrong maps."""
     folds = np.asarray(folds)
     if folds.shape != (len(slices),) or len(np.unique(folds)) < 2:
-        raise ConfigError("each slice needs a fold, and there must be two", found=f"{folds.shape} folds for {len(slices)} slices",
+        raise ConfigError("each slice needs a fold, and there must be two",
+                          found=f"{folds.shape} folds for {len(slices)} slices",
                           fix="use covidsev.multiclass.fold_assignments(slices.groups, n_folds, seed)")
     maps, seen = [None] * len(slices), [frozenset()] * len(slices)
     for fold in np.unique(folds):
@@ -392,29 +434,33 @@ def out_of_fold_priors(train_fold: Callable[[SliceSet, int], Predict], slices: S
             maps[index], seen[index] = prior, frozenset(train.ids)
     return check_priors(Priors("out_of_fold", maps, seen), slices)
 
-# %% ../nbs/07_multiclass.ipynb #cell-057
-def predicted_priors(predict: Predict, slices: SliceSet, trained_on: SliceSet, known: Collection[str] = ()) -> Priors:
+# %% ../nbs/07_multiclass.ipynb #cell-053
+def predicted_priors(predict: Predict, slices: SliceSet, trained_on: SliceSet,
+                     known: Collection[str] = ()) -> Priors:
     """Priors of slices outside the training set, from a model trained on `trained_on`.
 
-    LeakageError when the sets share a group or an image; groups in `known` may be shared (see `check_disjoint`)."""
+    LeakageError when the sets share a group or an image; groups in `known` may be (see `check_disjoint`)."""
     check_disjoint(known=known, train=trained_on, test=slices)
     nobody = frozenset()  # checked just now, by group and by content
     return check_priors(Priors("predicted", _apply(predict, slices), [nobody] * len(slices)), slices)
 
 
-def training_priors(slices: SliceSet, prior: str = "out_of_fold", *, train_fold: Callable[[SliceSet, int], Predict] | None = None,
+def training_priors(slices: SliceSet, prior: str = "out_of_fold", *,
+                    train_fold: Callable[[SliceSet, int], Predict] | None = None,
                     folds: ArrayLike | None = None) -> Priors:
-    """The priors to train with: "out_of_fold" (needs train_fold and folds), or "ground_truth" for the ablation of that name."""
+    """Priors to train with: "out_of_fold" (needs train_fold and folds), or the ablation "ground_truth"."""
     if check_choice("prior", prior, ("out_of_fold", "ground_truth")) == "ground_truth":
-        return Priors(prior, [slices.infection(k).astype(np.float32) for k in range(len(slices))], [frozenset(slices.ids)] * len(slices))
+        maps = [slices.infection(k).astype(np.float32) for k in range(len(slices))]
+        return Priors(prior, maps, [frozenset(slices.ids)] * len(slices))
     if train_fold is None or folds is None:
-        raise ConfigError("out-of-fold priors need train_fold and folds", found=f"train_fold {train_fold}, folds {folds}",
+        raise ConfigError("out-of-fold priors need train_fold and folds",
+                          found=f"train_fold {train_fold}, folds {folds}",
                           fix='give both; the leaking ablation has to be asked for: prior="ground_truth"')
     return out_of_fold_priors(train_fold, slices, folds)
 
-# %% ../nbs/07_multiclass.ipynb #cell-058
+# %% ../nbs/07_multiclass.ipynb #cell-054
 def prior_tensor(maps: Sequence[ArrayLike], size: int, device: str | torch.device = "cpu") -> Tensor:
-    """Maps (H, W) in [0, 1], each of its own size, as float32 `(N, 1, size, size)` on `device`: bilinear, antialiased.
+    """Maps (H, W) in [0, 1], each of its own size, as float32 `(N, 1, size, size)`: bilinear, antialiased.
 
     IntensityError for values outside [0, 1] or NaN; ConfigError for no map."""
     if not len(maps):
@@ -423,26 +469,29 @@ def prior_tensor(maps: Sequence[ArrayLike], size: int, device: str | torch.devic
     resized = [functional.interpolate(one, (size, size), mode="bilinear", antialias=True) for one in tensors]
     return torch.cat(resized).clamp(0, 1).to(device)
 
-# %% ../nbs/07_multiclass.ipynb #cell-065
+# %% ../nbs/07_multiclass.ipynb #cell-061
 def classes_of(logits: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-    """The class of each pixel, uint8 `(B, 1, H, W)`, from logits `(B, 3, h, w)`: enlarged to `shape` if given, then argmax.
+    """Class of each pixel, uint8 `(B, 1, H, W)`, of logits `(B, 3, h, w)`: resized to `shape`, then argmax.
 
     Equal logits: the lower class, so that a network that says nothing says background."""
     logits = logits if shape is None else resize_map(logits.float(), shape)
     return logits.argmax(dim=1, keepdim=True).to(torch.uint8)
 
-# %% ../nbs/07_multiclass.ipynb #cell-066
+# %% ../nbs/07_multiclass.ipynb #cell-062
 def _check_batchable(images: Tensor, priors: Tensor) -> None:
     """ConfigError or GeometryError unless both are stacks of one size, 8-bit images and float priors."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
-        raise ConfigError("images are not uint8 (N, 1, S, S)", found=f"{images.dtype} {tuple(images.shape)}", fix="use to_tensors")
+        raise ConfigError("images are not uint8 (N, 1, S, S)", found=f"{images.dtype} {tuple(images.shape)}",
+                          fix="use to_tensors")
     check_prior(images, priors)
 
 
 @torch.inference_mode()
 def predict_logits(model: MultiClassUNet, images: Tensor, priors: Tensor, *, batch_size: int = 8,
                    device: str | torch.device = "cpu") -> Tensor:
-    """Logits float32 `(N, 3, S, S)` on the CPU, of uint8 images and float priors, both `(N, 1, S, S)`; model left in eval mode."""
+    """Logits float32 `(N, 3, S, S)` on the CPU, of uint8 images and float priors, both `(N, 1, S, S)`.
+
+    The model is left in eval mode and on `device`."""
     _check_batchable(images, priors)
     model = model.to(device).eval()
     pairs = zip(images.split(batch_size), priors.split(batch_size), strict=True) if len(images) else ()
@@ -450,21 +499,24 @@ def predict_logits(model: MultiClassUNet, images: Tensor, priors: Tensor, *, bat
     return torch.cat(batches) if batches else torch.zeros(0, N_CLASSES, *images.shape[-2:])
 
 
-def predict_classes(model: MultiClassUNet, images: Tensor, priors: Tensor, *, shapes: Sequence[tuple[int, int]] | None = None,
-                    batch_size: int = 8, device: str | torch.device = "cpu") -> list[NDArray[np.uint8]]:
-    """Classes uint8 (H, W) in {0, 1, 2} of each image, at the sizes in `shapes` (None: S x S); errors as in the network.
+def predict_classes(model: MultiClassUNet, images: Tensor, priors: Tensor, *,
+                    shapes: Sequence[tuple[int, int]] | None = None, batch_size: int = 8,
+                    device: str | torch.device = "cpu") -> list[NDArray[np.uint8]]:
+    """Classes uint8 (H, W) in {0, 1, 2} of each image, at the sizes in `shapes` (None: S x S).
 
-    images uint8, priors float in [0, 1], both `(N, 1, S, S)`."""
+    images uint8, priors float in [0, 1], both `(N, 1, S, S)`; errors as in the network."""
     logits = predict_logits(model, images, priors, batch_size=batch_size, device=device)
     shapes = [logits.shape[-2:]] * len(logits) if shapes is None else shapes
-    return [classes_of(one[None], tuple(shape))[0, 0].numpy() for one, shape in zip(logits, shapes, strict=True)]
+    pairs = zip(logits, shapes, strict=True)
+    return [classes_of(one[None], tuple(shape))[0, 0].numpy() for one, shape in pairs]
 
-# %% ../nbs/07_multiclass.ipynb #cell-069
-def class_dice(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike], ids: Sequence[str] | None = None) -> "pd.DataFrame":
-    """One row for each slice and class: id, class, dice (NaN where truth and prediction are empty), n_truth, n_pred in pixels.
+# %% ../nbs/07_multiclass.ipynb #cell-065
+def class_dice(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike],
+               ids: Sequence[str] | None = None) -> "pd.DataFrame":
+    """One row for each slice and class: id, class, dice, n_truth and n_pred in pixels.
 
-    Pairs of integer arrays (H, W) in {0, 1, 2}. MaskError for other values, GeometryError for unequal sizes, ConfigError
-    for unequal numbers."""
+    Pairs of integer arrays (H, W) in {0, 1, 2}; dice is NaN where truth and prediction are empty. MaskError
+    for other values, GeometryError for unequal sizes, ConfigError for unequal numbers."""
     import pandas as pd
 
     pairs, rows = check_pairs(predictions, truths), []
@@ -477,19 +529,20 @@ def class_dice(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike], id
                          "n_truth": counts.tp + counts.fn, "n_pred": counts.tp + counts.fp})
     return pd.DataFrame(rows)
 
-# %% ../nbs/07_multiclass.ipynb #cell-070
+# %% ../nbs/07_multiclass.ipynb #cell-066
 def _both_conventions(rows: "pd.DataFrame") -> dict[str, float]:
-    """Mean Dice over all slices (empty truth counts 0) and over those with a truth, with the number of each."""
+    """Mean Dice over all slices (empty truth counts 0) and over those with a truth; the number of each."""
     there = rows["n_truth"] > 0
     dice = rows["dice"].where(there, 0.0)
-    return {"all_slices": dice.mean(), "n_all": len(rows), "non_empty": dice[there].mean(), "n_non_empty": int(there.sum())}
+    return {"all_slices": dice.mean(), "n_all": len(rows),
+            "non_empty": dice[there].mean(), "n_non_empty": int(there.sum())}
 
 
 def dice_table(per_class: "pd.DataFrame") -> "pd.DataFrame":
-    """The table of a `class_dice` frame: lesion mean, GGO, consolidation, and last the background, in both conventions.
+    """The table of a `class_dice` frame: lesion mean, GGO, consolidation, and background apart.
 
-    all_slices: every slice, an empty truth counts 0. non_empty: only slices whose truth shows the class (NaN if none).
-    The lesion mean is the mean of the two values below it; its n adds theirs."""
+    all_slices: every slice, an empty truth counts 0. non_empty: only slices whose truth shows the class (NaN
+    if none). The lesion mean is the mean of the two values below it; its n adds theirs."""
     import pandas as pd
 
     background, *lesions = CLASSES
@@ -499,27 +552,28 @@ def dice_table(per_class: "pd.DataFrame") -> "pd.DataFrame":
     mean = both.mean(skipna=False).to_dict() | {name: int(both[name].sum()) for name in counts}
     return pd.DataFrame([{"class": name, **row} for name, row in {"lesion mean": mean, **rows}.items()])
 
-# %% ../nbs/07_multiclass.ipynb #cell-074
+# %% ../nbs/07_multiclass.ipynb #cell-070
 RECONSTRUCTED = ("image", "prior")
 
 
 class Reconstruction(NamedTuple):
-    """What the pretext paints: `(B, 1, H, W)` each, in the units of the input, not clipped; None where it was not asked for."""
+    """What the pretext paints: `(B, 1, H, W)` each, in units of the input, unclipped; None if not wanted."""
 
     image: Tensor | None = None
     prior: Tensor | None = None
 
-# %% ../nbs/07_multiclass.ipynb #cell-075
-class ReconstructionUNet(nn.Module):
-    """The pretext's network: the `body` of a multi-class network (copied) with a linear last layer that paints `targets` back.
 
-    forward(image, prior), both erased `(B, 1, H, W)` in [0, 1], to `Reconstruction`. targets: "image", "prior" or both;
-    ConfigError for others or none. Source: paper section IV.B and figure 2."""
+class ReconstructionUNet(nn.Module):
+    """The pretext's network: a copy of another (`body`) whose linear last layer paints `targets` back.
+
+    forward(image, prior), both erased `(B, 1, H, W)` in [0, 1], to `Reconstruction`. targets: "image",
+    "prior" or both; ConfigError for others or none. Source: paper section IV.B and figure 2."""
 
     def __init__(self, network: MultiClassUNet, targets: Collection[str] = RECONSTRUCTED):
         super().__init__()
         if not targets:
-            raise ConfigError("the pretext has nothing to reconstruct", expected="targets: image, prior or both")
+            raise ConfigError("the pretext has nothing to reconstruct",
+                              expected="targets: image, prior or both")
         self.targets = tuple(check_choice("reconstruction target", name, RECONSTRUCTED) for name in targets)
         self.body = copy.deepcopy(network)
         self.head = nn.Conv2d(network.head.in_channels, len(self.targets), 1).to(network.head.weight.device)
@@ -529,22 +583,23 @@ class ReconstructionUNet(nn.Module):
         planes = resize_map(self.head(self.body.features(image, prior)), image.shape[-2:])
         return Reconstruction(**dict(zip(self.targets, planes.split(1, dim=1), strict=True)))
 
-# %% ../nbs/07_multiclass.ipynb #cell-076
+# %% ../nbs/07_multiclass.ipynb #cell-071
 class TransferReport(NamedTuple):
-    """Names of the tensors that went over and of those that kept their fresh values, and how many values went over."""
+    """Names of the tensors that went over and of those that stayed fresh, and how many values went over."""
 
     transferred: list[str]
     left_out: list[str]
     n_values: int
 
     def __str__(self) -> str:
-        return f"{len(self.transferred)} tensors ({self.n_values:,} values) transferred; left out: {', '.join(self.left_out)}"
+        return (f"{len(self.transferred)} tensors ({self.n_values:,} values) transferred; "
+                f"left out: {', '.join(self.left_out)}")
 
 
 def transfer_weights(pretext: ReconstructionUNet, network: MultiClassUNet) -> TransferReport:
     """Load all of the pretext but its last layer into `network`, whose own last layer stays as it is.
 
-    CheckpointError, and an unchanged network, unless every tensor of the two bodies fits (another form, for example)."""
+    CheckpointError, and an unchanged network, unless every tensor of the two bodies fits."""
     body, own = pretext.body.state_dict(), network.state_dict()
     kept = {name: value for name, value in own.items() if name.startswith("head.")}
     load_strict(network, body | kept)
