@@ -9,7 +9,9 @@ __all__ = ['INTERRUPTED', 'run_cleanly', 'CleanGroup', 'main', 'info', 'parse_se
 # %% ../nbs/17_cli.ipynb #cell-002
 import ast
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,15 @@ from .config import ConfigError, CovidSevError, data_root, repo_root
 INTERRUPTED = 130
 
 
+def _terminated(number: int, frame: Any) -> None:
+    """SIGTERM ends a command like an exception does, so that it stops what it has started."""
+    sys.exit(128 + number)
+
+
 def run_cleanly(work: Callable[[], Any]) -> int:
     """Runs `work` and returns an exit status; a known error is printed to stderr without a traceback."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         result = work()
     except click.ClickException as error:
@@ -271,13 +280,13 @@ def evaluate(pred: str, truth: str, out: str | None, threshold: float, allow_mis
 @click.option("--threads", default=1, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option(
-    "--out", type=click.Path(file_okay=False), help="Folder for the table (default: results/bench)."
+    "--out", type=click.Path(file_okay=False), help="Folder for the table (default: results/benchmark)."
 )
 def bench(repeats: int, threads: int, device: str, out: str | None) -> None:
     """Measure our training and evaluation step against plain ones: ratios and memory."""
     from covidsev.benchmark import bench as measure
 
-    measure(repeats=repeats, threads=threads, device=device, out_dir=out or repo_root() / "results" / "bench")
+    measure(repeats=repeats, threads=threads, device=device, out_dir=out or repo_root() / "results" / "benchmark")
 
 
 @main.command()

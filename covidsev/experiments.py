@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['LOCATIONS', 'DRAWING', 'Experiment', 'Profile', 'Registry', 'check_keys', 'execution_order', 'load_registry',
-           'code_cells', 'plain_literals', 'lint_notebook', 'notebook_parameters', 'check_parameters', 'Run',
-           'run_name', 'rows_and_seeds', 'needed_runs', 'full_parameters', 'resolve', 'full_name', 'plan_runs',
-           'Places', 'check_executed', 'check_outputs', 'execute', 'produced', 'publish', 'read_record', 'run_notebook',
-           'tidy_checkpoints', 'library_key', 'notebook_key', 'data_key', 'cache_parts', 'stale_reasons', 'Planned',
-           'check_ready', 'examine', 'describe', 'child_main', 'Child', 'run_side_by_side', 'run_in_turn', 'manifest',
-           'write_manifest', 'check_manifest', 'execute_plan', 'reproduce']
+           'code_cells', 'plain_literals', 'lint_notebook', 'import_papermill', 'notebook_parameters',
+           'check_parameters', 'Run', 'run_name', 'rows_and_seeds', 'needed_runs', 'full_parameters', 'resolve',
+           'full_name', 'plan_runs', 'Places', 'check_executed', 'check_outputs', 'execute', 'produced', 'publish',
+           'read_record', 'run_notebook', 'tidy_checkpoints', 'library_key', 'notebook_key', 'data_key', 'cache_parts',
+           'stale_reasons', 'Planned', 'check_ready', 'examine', 'describe', 'stop_descendants', 'child_main', 'Child',
+           'run_all', 'manifest', 'write_manifest', 'check_manifest', 'execute_plan', 'reproduce']
 
 # %% ../nbs/15_experiments.ipynb #cell-002
 import ast
 import contextlib
 import dataclasses
+import functools
 import graphlib
 import json
 import os
@@ -24,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import covidsev.config as config
-from .config import (ConfigError, CovidSevError, DataMissingError, NotebookError, check_choice,
+from .config import (ConfigError, CovidSevError, NotebookError, check_choice,
                              data_root, is_quiet, repo_root, resolve_device, suggest)
 from .provenance import (cache_key, imports_of, read_json, run_lock, sha256_bytes, sha256_file,
                                  source_key, why_stale, write_bytes, write_json)
@@ -224,12 +226,25 @@ def lint_notebook(notebook: str | Path) -> list[str]:
     return faults
 
 # %% ../nbs/15_experiments.ipynb #cell-024
+def import_papermill() -> Any:
+    """The papermill module, imported without an optional grammar of jsonschema that takes a second to
+    build."""
+    slow = "rfc3987_syntax"
+    hidden = slow not in sys.modules
+    if hidden:
+        sys.modules[slow] = None  # an import of it now fails, which jsonschema allows for
+    try:
+        import papermill
+    finally:
+        if hidden:
+            del sys.modules[slow]
+    return papermill
+
+
 def notebook_parameters(notebook: str | Path) -> dict[str, Any]:
     """Name -> default of every parameter of an experiment notebook.
 
     `NotebookError` listing every fault: no tag or two, code before it, shell lines, anything but literals."""
-    import papermill
-
     faults = lint_notebook(notebook)
     if faults:
         raise NotebookError(
@@ -239,7 +254,7 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Any]:
             fix="give exactly one first code cell the tag `parameters` (settings.ini keeps it)",
         )
     values = plain_literals(code_cells(notebook)[0]["source"])
-    seen = set(papermill.inspect_notebook(str(notebook)))
+    seen = set(import_papermill().inspect_notebook(str(notebook)))
     if not seen or seen != set(values):
         raise NotebookError("papermill sees other parameters than the cell sets", file=notebook,
                             found=sorted(seen), expected=sorted(values),
@@ -480,25 +495,27 @@ def _advice(name: str, message: str) -> str:
 
 def _papermill(notebook: Path, executed: Path, parameters: dict[str, Any], progress_bar: bool) -> None:
     """Executes a notebook in its own folder; the kernel keeps its warning about local TCP ports to itself."""
-    import papermill
+    import logging
 
-    papermill.execute_notebook(str(notebook), str(executed), parameters=parameters, cwd=str(notebook.parent),
-                               progress_bar=progress_bar and not is_quiet(), kernel_name="python3",
-                               extra_arguments=["--log-level=40"])
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log comes back as an error
+    import_papermill().execute_notebook(str(notebook), str(executed), parameters=parameters,
+                                        cwd=str(notebook.parent),
+                                        progress_bar=progress_bar and not is_quiet(), kernel_name="python3",
+                                        extra_arguments=["--log-level=40"])
 
 
 def execute(run: Run, executed: Path, locations: dict[str, str], progress_bar: bool = False) -> None:
     """Executes the notebook of `run` into the file `executed`. `NotebookError` if a cell raises or the
     kernel dies."""
+    papermill = import_papermill()
     from nbclient.exceptions import DeadKernelError
-    from papermill import PapermillExecutionError
 
     threads, known = str(run.parameters.get("threads", 1)), notebook_parameters(run.notebook)
     parameters = {**run.parameters, **{name: value for name, value in locations.items() if name in known}}
     try:
         with _environment(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads):
             _papermill(run.notebook, executed, parameters, progress_bar)
-    except PapermillExecutionError as error:
+    except papermill.PapermillExecutionError as error:
         raise NotebookError(f"{run.name}: cell [{error.exec_count}] raised {error.ename}", file=run.notebook,
                             found=error.evalue, fix=_advice(error.ename, error.evalue)) from None
     except DeadKernelError:
@@ -600,11 +617,25 @@ def _keep_failed(error: CovidSevError, executed: Path, kept: Path) -> CovidSevEr
 DRAWING = ("covidsev.figures", "covidsev.viewer")
 
 
+@functools.lru_cache(maxsize=64)
+def _closure(module: str, stamp: tuple) -> dict[str, str]:
+    """`source_key` of one module; `stamp` only makes an edit of the library a new question."""
+    return source_key([module])
+
+
+def _library_stamp() -> tuple:
+    """Names and modification times of the library's files."""
+    return tuple(
+        (path.name, path.stat().st_mtime_ns) for path in sorted(Path(config.__file__).parent.glob("*.py"))
+    )
+
+
 def library_key(run: Run) -> dict[str, str]:
-    """Module -> hash for every module of this library that the notebook of `run` imports."""
-    source = "\n".join(re.sub(r"(?m)^\s*[%!].*$", "", cell["source"]) for cell in code_cells(run.notebook))
+    """Module -> hash for every module of this library that the notebook of `run` imports, directly or not."""
+    source = "\n".join(cell["source"] for cell in code_cells(run.notebook))
     modules = imports_of(source) - (set(DRAWING) if run.kind == "compute" else set())
-    return source_key(sorted(modules))
+    stamp = _library_stamp()
+    return dict(sorted(item for module in modules for item in _closure(module, stamp).items()))
 
 
 def notebook_key(notebook: str | Path) -> str:
@@ -718,29 +749,51 @@ def describe(planned: Iterable[Planned]) -> str:
 _CHILD = "import sys; from covidsev.experiments import child_main; child_main(sys.argv[1])"
 
 
+def stop_descendants(process: int, wait: float = 20.0) -> None:
+    """Asks everything below a process to stop (training then writes a checkpoint); what is left after `wait`
+    s is killed."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        below = psutil.Process(process).children(recursive=True)
+        for each in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.terminate()
+        for each in psutil.wait_procs(below, timeout=wait)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def _stop_without_parent(parent: int) -> None:
+    """Runs in a thread of a child: stops everything when the runner has gone."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    stop_descendants(os.getpid())
+    os._exit(1)
+
+
 def child_main(exchange: str) -> None:
     """Entry point of a child process: runs the job in `exchange`/job and writes `exchange`/answer."""
-    import signal
-
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the kernel is shut down on the way out
-    run, root, parts, data = pickle.loads((Path(exchange) / "job").read_bytes())
+    threading.Thread(target=_stop_without_parent, args=(os.getppid(),), daemon=True).start()
+    run, root, parts, data, progress_bar = pickle.loads((Path(exchange) / "job").read_bytes())
     try:
-        answer = ("done", run_notebook(Run(**run), Places(root), parts, data))
+        answer = ("done", run_notebook(Run(**run), Places(root), parts, data, progress_bar))
     except CovidSevError as error:
-        answer = (type(error).__name__,
-                  [error.what, {k: str(v) for k, v in vars(error).items() if v is not None and k != "what"}])
+        details = {k: str(v) for k, v in vars(error).items() if v is not None and k != "what"}
+        answer = (type(error).__name__, [error.what, details])
     (Path(exchange) / "answer").write_bytes(pickle.dumps(answer))
 
 
 class Child:
-    """A run in its own process."""
+    """A run in its own process, in a session of its own: Ctrl-C reaches the runner, which stops its children
+    in order."""
 
-    def __init__(self, planned: Planned, places: Places, data: str):
+    def __init__(self, planned: Planned, places: Places, data: str, progress_bar: bool = False):
         self.exchange = tempfile.mkdtemp(prefix="covidsev-")
-        job = ({each.name: getattr(planned.run, each.name) for each in dataclasses.fields(planned.run)},
-               places.root, planned.parts, data)
-        (Path(self.exchange) / "job").write_bytes(pickle.dumps(job))
-        self.process = subprocess.Popen([sys.executable, "-c", _CHILD, self.exchange])
+        run = {each.name: getattr(planned.run, each.name) for each in dataclasses.fields(planned.run)}
+        job = pickle.dumps((run, places.root, planned.parts, data, progress_bar))
+        (Path(self.exchange) / "job").write_bytes(job)
+        self.process = subprocess.Popen([sys.executable, "-c", _CHILD, self.exchange], start_new_session=True)
 
     def result(self) -> float:
         """Seconds of a finished run; its error is raised here."""
@@ -757,14 +810,17 @@ class Child:
         raise getattr(config, kind)(answer[0], **answer[1])
 
     def stop(self) -> None:
-        """Ends the process and forgets its job."""
-        self.process.terminate()
-        self.process.wait()
+        """Stops the kernel, then the process, and forgets the job."""
+        stop_descendants(self.process.pid)
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         shutil.rmtree(self.exchange, ignore_errors=True)
 
 # %% ../nbs/15_experiments.ipynb #cell-064
-def _start_ready(waiting: list[Planned], active: dict, finished: dict, jobs: int, places: Places,
-                 data: str) -> None:
+def _start_ready(waiting: list[Planned], active: dict, finished: dict, jobs: int, start: Callable) -> None:
     """Starts waiting runs whose needs are there, up to `jobs`; runs whose needs failed are given up."""
     pending = {each.run.name for each in waiting} | set(active)
     for each in list(waiting):
@@ -773,7 +829,7 @@ def _start_ready(waiting: list[Planned], active: dict, finished: dict, jobs: int
             finished[each.run.name] = NotebookError(f"{each.run.name} was not run: {failed[0]} failed")
             waiting.remove(each)
         elif len(active) < jobs and not pending & set(each.run.needs):
-            active[each.run.name] = Child(each, places, data)
+            active[each.run.name] = start(each)
             waiting.remove(each)
 
 
@@ -787,34 +843,22 @@ def _collect(active: dict, finished: dict, report: Callable[[str, Any], None]) -
         report(name, finished[name])
 
 
-def run_side_by_side(planned: list[Planned], places: Places, jobs: int, data: str,
-                     report: Callable[[str, Any], None]) -> dict[str, Any]:
-    """Executes the runs, at most `jobs` at a time; returns run name -> seconds or error."""
+def run_all(planned: list[Planned], places: Places, jobs: int, data: str,
+            report: Callable[[str, Any], None]) -> dict[str, Any]:
+    """Executes the runs, at most `jobs` at a time; returns run name -> seconds or error. Interrupted, it
+    stops them all."""
     waiting, active, finished = list(planned), {}, {}
     try:
         while waiting or active:
-            _start_ready(waiting, active, finished, jobs, places, data)
+            _start_ready(waiting, active, finished, jobs, lambda each: Child(each, places, data, jobs == 1))
             _collect(active, finished, report)
             time.sleep(0.05)
     finally:
-        for child in active.values():
-            child.stop()
-    return finished
-
-
-def run_in_turn(planned: list[Planned], places: Places, data: str,
-                report: Callable[[str, Any], None]) -> dict[str, Any]:
-    """Executes the runs one after the other in this process; returns run name -> seconds or error."""
-    finished: dict[str, Any] = {}
-    for each in planned:
-        failed = [name for name in each.run.needs if isinstance(finished.get(name), Exception)]
-        try:
-            if failed:
-                raise NotebookError(f"{each.run.name} was not run: {failed[0]} failed")
-            finished[each.run.name] = run_notebook(each.run, places, each.parts, data, progress_bar=True)
-        except CovidSevError as error:
-            finished[each.run.name] = error
-        report(each.run.name, finished[each.run.name])
+        stoppers = [threading.Thread(target=child.stop) for child in active.values()]
+        for each in stoppers:
+            each.start()
+        for each in stoppers:
+            each.join()
     return finished
 
 # %% ../nbs/15_experiments.ipynb #cell-069
@@ -879,10 +923,7 @@ def execute_plan(planned: list[Planned], places: Places, jobs: int = 1, data: st
     the end."""
     todo = [each for each in planned if each.reasons]
     report = _report(len(todo), echo)
-    if jobs > 1 and len(todo) > 1:
-        finished = run_side_by_side(todo, places, jobs, data, report)
-    else:
-        finished = run_in_turn(todo, places, data, report)
+    finished = run_all(todo, places, jobs, data, report)
     errors = [result for result in finished.values() if isinstance(result, CovidSevError)]
     if errors:
         raise errors[0]

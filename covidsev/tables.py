@@ -24,9 +24,13 @@ from .metrics import bootstrap_ci, holm, paired_wilcoxon
 from .provenance import environment, git_commit, read_json, write_csv, write_json, write_text
 
 # %% ../nbs/14b_tables.ipynb #cell-007
+_EXACT = {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
+
+
 def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
-    """A table written by `write_csv`, floats exact: pandas' own default may differ in the last bit."""
-    return pd.read_csv(path, float_precision="round_trip", **options)
+    """A table written by `write_csv`, floats exact: before 3.1, pandas' default could differ in the last
+    bit."""
+    return pd.read_csv(path, **_EXACT, **options)
 
 
 def read_runs(results: str | Path, experiment: str, rows: Iterable[str],

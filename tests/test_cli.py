@@ -17,7 +17,7 @@ from covidsev.config import CheckpointError, ConfigError, NonFiniteError, RunLoc
 from covidsev.provenance import run_lock
 
 COMMAND = [sys.executable, "-c", "from covidsev.cli import main; main()"]
-TINY = ["--set", "epochs=1", "--set", "size=64", "--set", "n_train=4", "--set", "n_test=2", "--set", "val_slices=2",
+TINY = ["--set", "epochs=1", "--set", "size=32", "--set", "n_train=4", "--set", "n_test=2", "--set", "val_slices=2",
         "--set", "warmup_epochs=0"]
 
 
@@ -136,25 +136,49 @@ def test_settings_are_read_as_literals():
 
 
 def test_interrupted_reproduce_is_status_130_and_leaves_no_process(tmp_path):
-    arguments = ["reproduce", "--only", "train_single", "--row", "sinfnet", "--row", "unet", "--seed", "0", "--jobs", "2",
-                 "--out", tmp_path, "--set", "epochs=500", "--set", "size=64", "--set", "warmup_epochs=0"]
+    arguments = ["reproduce", "--only", "train_single", "--row", "unet", "--seed", "0", "--out", tmp_path, *TINY[2:],
+                 "--set", "save_every=5", "--set", "epochs=5000"]
     process = subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
-    deadline = time.monotonic() + 90
-    while not list((tmp_path / "checkpoints").rglob("last.pt")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    assert wait_until(lambda: list((tmp_path / "checkpoints").rglob("last.pt")), 90)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors and "interrupted" in errors
     assert not list((tmp_path / "results").rglob("metrics.csv"))
-    deadline = time.monotonic() + 20
-    while kernels_in(process.pid) and time.monotonic() < deadline:
+    assert wait_until(lambda: not processes_with(tmp_path))
+
+
+def test_killed_reproduce_leaves_no_process_and_a_rerun_goes_on(tmp_path):
+    arguments = ["reproduce", "--only", "train_single", "--row", "unet", "--seed", "0", "--out", tmp_path, *TINY[2:],
+                 "--set", "save_every=5", "--set", "epochs=20"]
+    process = subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert wait_until(lambda: list((tmp_path / "checkpoints").rglob("last.pt")), 90)
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: not processes_with(tmp_path), 40)
+    status, text = call(*arguments)
+    assert status == 0 and len((tmp_path / "results/smoke/train_single/unet-seed0/history.csv").read_text().splitlines()) == 21
+
+
+def wait_until(condition, seconds=30.0):
+    """Whether `condition` became true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not kernels_in(process.pid)
+    return bool(condition())
 
 
-def kernels_in(session):
-    """Process ids that still belong to a session."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,sess="], capture_output=True, text=True, check=True).stdout
-    return [line.split()[0] for line in listed.splitlines() if line.split()[1] == str(session)]
+def processes_with(folder):
+    """Processes that were started for a run below `folder`: they have its lock or its executed notebook open, or stand in it."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = [*process.cmdline(), *(file.path for file in process.open_files())]
+        except psutil.Error:
+            continue
+        if process.pid != os.getpid() and any(str(folder) in word for word in words):
+            found.append(process.pid)
+    return found

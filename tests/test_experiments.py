@@ -238,7 +238,7 @@ def test_child_that_dies_is_an_error_and_not_a_hang(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "_CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     run = toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, WORK))
     places, started = Places(tmp_path / "out"), time.monotonic()
-    finished = experiments.run_side_by_side(experiments.examine([run], places), places, 2, "", lambda *_: None)
+    finished = experiments.run_all(experiments.examine([run], places), places, 2, "", lambda *_: None)
     assert isinstance(finished[run.name], NotebookError) and "exit status -9" in str(finished[run.name])
     assert time.monotonic() - started < 30
 
