@@ -494,22 +494,26 @@ def _advice(name: str, message: str) -> str:
 
 
 def _papermill(notebook: Path, executed: Path, parameters: dict[str, Any], progress_bar: bool) -> None:
-    """Executes a notebook in its own folder; the kernel keeps its warning about local TCP ports to itself."""
+    """Executes a notebook in its own folder. Kernels talk over local sockets: two that start at once may pick
+    the same TCP port."""
     import logging
 
+    from traitlets.config import Config
+
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log comes back as an error
-    import_papermill().execute_notebook(str(notebook), str(executed), parameters=parameters,
-                                        cwd=str(notebook.parent),
-                                        progress_bar=progress_bar and not is_quiet(), kernel_name="python3",
-                                        extra_arguments=["--log-level=40"])
+    with tempfile.TemporaryDirectory(prefix="covidsev-kernel-", ignore_cleanup_errors=True) as sockets:
+        local = Config({"KernelManager": {"transport": "ipc", "ip": str(Path(sockets) / "kernel")}})
+        import_papermill().execute_notebook(
+            str(notebook), str(executed), parameters=parameters, cwd=str(notebook.parent), config=local,
+            progress_bar=progress_bar and not is_quiet(), kernel_name="python3",
+            extra_arguments=["--log-level=40"],
+        )
 
 
 def execute(run: Run, executed: Path, locations: dict[str, str], progress_bar: bool = False) -> None:
     """Executes the notebook of `run` into the file `executed`. `NotebookError` if a cell raises or the
     kernel dies."""
     papermill = import_papermill()
-    from nbclient.exceptions import DeadKernelError
-
     threads, known = str(run.parameters.get("threads", 1)), notebook_parameters(run.notebook)
     parameters = {**run.parameters, **{name: value for name, value in locations.items() if name in known}}
     try:
@@ -518,9 +522,9 @@ def execute(run: Run, executed: Path, locations: dict[str, str], progress_bar: b
     except papermill.PapermillExecutionError as error:
         raise NotebookError(f"{run.name}: cell [{error.exec_count}] raised {error.ename}", file=run.notebook,
                             found=error.evalue, fix=_advice(error.ename, error.evalue)) from None
-    except DeadKernelError:
+    except RuntimeError as error:  # nbclient's DeadKernelError, or a kernel that never answered
         raise NotebookError(f"{run.name}: the kernel died", file=run.notebook,
-                            found="killed, or out of memory",
+                            found=f"{error}: killed, or out of memory",
                             fix="lower batch_size or --jobs; a rerun goes on from the checkpoint") from None
     check_executed(executed)
 
