@@ -40,7 +40,7 @@ from .datasets import load_phantom, mask_edge, to_tensors
 from .inference import fold_batch_norm, iterate_logits
 from .losses import SideOutputs
 from .provenance import write_csv
-from .training import TrainConfig, make_optimiser, train_step
+from .training import Batch, TrainConfig, make_optimiser, train_step
 
 # %% ../nbs/11a_benchmark.ipynb #cell-006
 def plain_structure_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ def _our_step(case: Case, device: torch.device, amp: bool) -> Callable[[], float
 
     def step() -> float:
         batch = (images.float() / 255).contiguous(memory_format=torch.channels_last)
-        return train_step(model, optimiser, batch, labels > 0, config)[0]
+        return train_step(model, optimiser, Batch(batch, labels), config)[0]
 
     return step
 

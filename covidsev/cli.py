@@ -141,19 +141,21 @@ _SET = click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE",
 @click.option("--jobs", type=int, help="Runs side by side (default: as the profile says).")
 @click.option("--force", is_flag=True, help="Run again even where the result is there.")
 @click.option("--explain", is_flag=True, help="Print the plan and why each run is stale, and stop.")
+@click.option("--confirm", is_flag=True,
+              help="Where only code changed: run one seed of each row; if it stays the same, keep the others.")
 @_OUT
 @_DATA
 @_DEVICE
 @_SET
 def reproduce(profile: str, only: tuple, rows: tuple, seeds: tuple, jobs: int | None, force: bool,
-              explain: bool, out: str | None, data_root: str | None, device: str | None,
+              explain: bool, confirm: bool, out: str | None, data_root: str | None, device: str | None,
               pairs: tuple) -> None:
     """Make every result of a profile that is not there yet."""
     from covidsev.experiments import reproduce as run
 
     root = Path(out or repo_root()).resolve()
     run(profile, only or None, rows or None, seeds or None, jobs, force, explain, root=root, data=data_root,
-        overrides=_overrides(pairs, device), echo=click.echo)
+        overrides=_overrides(pairs, device), confirm=confirm, echo=click.echo)
     if not explain:
         show_results(root, profile)
 

@@ -5,8 +5,9 @@
 # %% ../nbs/08_coach.ipynb #cell-002
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,12 +19,11 @@ from torch.nn import functional
 
 from .augmentation import augment, augmentation
 from covidsev.config import (
-    CheckpointError, ConfigError, GeometryError, IntensityError, NonFiniteError, check_choice, progress,
-    resolve_device,
+    CheckpointError, ConfigError, GeometryError, IntensityError, NonFiniteError, check_choice, resolve_device,
 )
 from covidsev.infnet import (
     BACKBONES, ConvBN, InfNet, Pyramid, ResidualBlock, check_fits, initialise_backbone, initialise_he,
-    resize_map,
+    load_strict, resize_map,
 )
 from .losses import SideOutputs
 
@@ -33,12 +33,13 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['CELL', 'GREY_MEAN', 'GREY_STD', 'OUTPUT_HEADS', 'LAST_LAYERS', 'INPAINTING_VARIANTS', 'MASKS', 'mask_grid',
            'rank_of_threshold', 'constrain', 'soft_mask', 'hard_mask', 'random_mask', 'spread', 'random_blocks',
-           'normalised_grey', 'grey_gradient', 'erase', 'clipped_error', 'linear_head', 'tanh_head', 'InpaintingInfNet',
-           'ReconstructionLoss', 'region_mean', 'reconstruction_loss', 'TransferReport', 'transfer', 'ResNet18',
-           'coach_backbones', 'GreyEncoder', 'CoachNet', 'divergence', 'frozen', 'coach_loss', 'mask_entropy',
-           'PretextConfig', 'check_images', 'shuffled_batches', 'descend', 'network_step', 'coach_step', 'coach_cells',
-           'error_under', 'Pretext', 'PretextResult', 'pretrain', 'Channels', 'draw_masks', 'turn', 'RotationNet',
-           'turned_batch', 'turn_accuracy', 'pretrain_rotation']
+           'normalised_grey', 'grey_of', 'grey_gradient', 'erase', 'clipped_error', 'linear_head', 'tanh_head',
+           'InpaintingInfNet', 'InpaintingNet', 'ReconstructionLoss', 'region_mean', 'reconstruction_loss',
+           'TransferReport', 'transfer', 'ResNet18', 'coach_backbones', 'GreyEncoder', 'CoachNet', 'divergence',
+           'frozen', 'coach_loss', 'mask_entropy', 'PretextConfig', 'check_images', 'epoch_order', 'descend',
+           'network_step', 'coach_step', 'coach_cells', 'error_under', 'PretextResult', 'Pretext', 'Channels',
+           'draw_history', 'draw_masks', 'draw_pictures', 'turn', 'RotationNet', 'turned_batch', 'turn_accuracy',
+           'RotationPretext']
 
 # %% ../nbs/08_coach.ipynb #cell-008
 CELL = 16
@@ -143,6 +144,11 @@ def normalised_grey(x: Tensor) -> Tensor:
     return (x - GREY_MEAN) / GREY_STD
 
 
+def grey_of(normalised: Tensor) -> Tensor:
+    """The way back: values in the units of `normalised_grey` as grey in [0, 1], clipped."""
+    return (normalised * GREY_STD + GREY_MEAN).clamp(0, 1)
+
+
 def grey_gradient(x: Tensor) -> Tensor:
     """Length of (next - previous pixel) along both axes, border repeated, (B, 1, H, W), in the units of
     normalised_grey; >= 0."""
@@ -245,7 +251,42 @@ class InpaintingInfNet(InfNet):
         targets = self.targets(x)._asdict()
         return {name: clipped_error(value / unit, targets[name]) for name, value in outputs._asdict().items()}
 
+    def painted(self, outputs: SideOutputs) -> Tensor:
+        """The finest reconstruction as a picture, (B, 1, H, W) in [0, 1]."""
+        if self.variant == "linear":
+            return grey_of(outputs.s_3)
+        return (3 * outputs.s_3 * self.std + self.mean).mean(dim=1, keepdim=True).clamp(0, 1)
+
 # %% ../nbs/08_coach.ipynb #cell-035
+class InpaintingNet(nn.Module):
+    """A copy (`body`) of a network with one output, whose last layer `head` is linear: erased slices
+    (B, 1, H, W) in [0, 1] to `SideOutputs` with `s_3` alone, `normalised_grey` of that size.
+
+    The network has `head` (Conv2d) and `features(x)`, what the head reads; else ConfigError."""
+
+    own_layers = fresh_layers = ("head",)  # stays behind; is not loaded
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        if not (isinstance(getattr(network, "head", None), nn.Conv2d) and hasattr(network, "features")):
+            raise ConfigError("the network cannot inpaint", found=type(network).__name__,
+                              expected="a last layer `head` (Conv2d) and a method `features`",
+                              fix="InpaintingInfNet is the pretext of Inf-Net")
+        self.body = copy.deepcopy(network)
+        self.body.head = linear_head(network.head)
+
+    def forward(self, x: Tensor) -> SideOutputs:
+        return SideOutputs(s_3=resize_map(self.body.head(self.body.features(x)), x.shape[-2:]))
+
+    def errors(self, outputs: SideOutputs, x: Tensor) -> dict[str, Tensor]:
+        """Clipped squared error per pixel, (B, 1, H, W), against the whole slice x."""
+        return {"s_3": clipped_error(outputs.s_3 / 3, normalised_grey(x) / 3)}
+
+    def painted(self, outputs: SideOutputs) -> Tensor:
+        """The reconstruction as a picture, (B, 1, H, W) in [0, 1]."""
+        return grey_of(outputs.s_3)
+
+# %% ../nbs/08_coach.ipynb #cell-039
 class ReconstructionLoss(NamedTuple):
     """Scalars: `total` is what the network minimises; `erased` is L_rec, the error where the slice was
     erased; `kept`, elsewhere."""
@@ -270,7 +311,7 @@ def reconstruction_loss(errors: Mapping[str, Tensor], mask: Tensor,
     kept = torch.stack([region_mean(error, mask) for error in errors.values()]).mean()
     return ReconstructionLoss((1 - kept_weight) * erased + kept_weight * kept, erased, kept)
 
-# %% ../nbs/08_coach.ipynb #cell-039
+# %% ../nbs/08_coach.ipynb #cell-043
 class TransferReport(NamedTuple):
     """Names of tensors: `loaded` from the pretext, `fresh` in the network as they were, `left` behind in the
     pretext; values loaded."""
@@ -306,10 +347,10 @@ def transfer(pretext: nn.Module, network: nn.Module) -> TransferReport:
     """Copy every weight and statistic of a pretext network into `network`, last layers excepted; both keep
     their own memory.
 
-    What is excepted stands in `pretext.own_layers` and, for the network, `pretext.fresh_layers`.
-    CheckpointError, and an unchanged network, unless all other names and shapes are the same on both sides;
-    NonFiniteError for weights that are not finite."""
-    given, own = pretext.state_dict(), network.state_dict()
+    What is excepted stands in `pretext.own_layers` and, for the network, `pretext.fresh_layers`. A pretext
+    that wraps its network has it as `body`. CheckpointError, and an unchanged network, unless all other names
+    and shapes are the same on both sides; NonFiniteError for weights that are not finite."""
+    given, own = getattr(pretext, "body", pretext).state_dict(), network.state_dict()
     source = {name: value for name, value in given.items() if not _under(name, pretext.own_layers)}
     target = {name: value for name, value in own.items() if not _under(name, pretext.fresh_layers)}
     _check_transfer(source, target, own, pretext.fresh_layers)
@@ -331,7 +372,7 @@ def _check_transfer(source: dict[str, Tensor], target: dict[str, Tensor], own: d
         raise NonFiniteError("the pretext's weights are not finite", found=", ".join(bad[:5]),
                              fix="run the pretext again")
 
-# %% ../nbs/08_coach.ipynb #cell-043
+# %% ../nbs/08_coach.ipynb #cell-049
 class ResNet18(nn.Module):
     """ResNet-18 without max-pooling and classifier: f2 64 at 1/2, f3 128 at 1/4, f4 256 at 1/8, f5 512 at
     1/16. The published coach's."""
@@ -373,7 +414,7 @@ class GreyEncoder(nn.Module):
 
     normalise, encode = InfNet.normalise, InfNet.encode
 
-# %% ../nbs/08_coach.ipynb #cell-044
+# %% ../nbs/08_coach.ipynb #cell-050
 class CoachNet(GreyEncoder):
     """The coach: whole grey slices (B, 1, H, W) in [0, 1] to scores B(x) (B, 1, H/16, W/16), high = keep,
     and a divergence.
@@ -413,7 +454,7 @@ def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     mean, log_variance = mean.mean(dim=(2, 3)), log_variance.mean(dim=(2, 3))
     return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum()
 
-# %% ../nbs/08_coach.ipynb #cell-048
+# %% ../nbs/08_coach.ipynb #cell-054
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[nn.Module]:
     """Within this context a network is in eval mode and none of its weights can get a gradient; afterwards
@@ -446,7 +487,7 @@ def coach_loss(coach: CoachNet, network: nn.Module, x: Tensor, keep: float = 0.7
     rec = reconstruction_loss(errors, mask).erased
     return 1 - rec + kl_weight * kl, rec.detach()
 
-# %% ../nbs/08_coach.ipynb #cell-054
+# %% ../nbs/08_coach.ipynb #cell-060
 def mask_entropy(cells: Tensor) -> tuple[float, float]:
     """Of hard masks (N, 1, h, w) of N images: (spatial, cell) entropy, both in [0, 1].
 
@@ -462,8 +503,8 @@ def _information(p: Tensor) -> Tensor:
     """-p log2 p, in bits, 0 at p = 0."""
     return -torch.special.xlogy(p, p) / math.log(2)
 
-# %% ../nbs/08_coach.ipynb #cell-056
-MASKS = ("coach", "random", "blocks")
+# %% ../nbs/08_coach.ipynb #cell-062
+MASKS = ("coach", "random", "blocks", "none")
 _LEAST = {"warmup_epochs": 0, "rounds": 0, "coach_epochs": 1, "network_epochs": 1, "batch_size": 1,
           "block_count": 1, "block_side": 1, "weight_decay": 0, "kl_weight": 0}
 
@@ -475,9 +516,10 @@ class PretextConfig:
 
     warmup_epochs of the network under random masks, then `rounds` times coach_epochs and network_epochs
     (algorithm 2). masks: "coach"; "random" or "blocks" (`random_blocks`) for the same number of network
-    epochs without a coach. later_rate: factor on learning_rate after the warm-up. random_share: of the
-    later batches that still get random masks. through_network, alpha, kl_weight: see `coach_loss`. augment:
-    a recipe by name. amp: bfloat16, on CUDA only."""
+    epochs without a coach; "none" for a pretext that erases nothing (`RotationPretext`). images_per_epoch:
+    a pass over so many images, drawn anew each time; 0 is all. later_rate: factor on learning_rate after the
+    warm-up. random_share: of the later batches that still get random masks. through_network, alpha,
+    kl_weight: see `coach_loss`. augment: a recipe by name. amp: bfloat16, on CUDA only."""
 
     warmup_epochs: int = 10
     rounds: int = 10
@@ -490,6 +532,7 @@ class PretextConfig:
     learning_rate: float = 1e-3
     later_rate: float = 0.2
     coach_learning_rate: float = 1e-3
+    images_per_epoch: int = 0
     random_share: float = 0.0
     weight_decay: float = 1e-2
     kept_weight: float = 0.01
@@ -521,15 +564,17 @@ def _check_pretext_numbers(config: PretextConfig) -> None:
     for name in ("random_share", "kept_weight"):
         checks[name] = (0 <= getattr(config, name) <= 1, "0 to 1")
     checks["keep"] = (0 < config.keep < 1, "more than 0 and less than 1")
+    few = 0 < config.images_per_epoch < config.batch_size
+    checks["images_per_epoch"] = (config.images_per_epoch >= 0 and not few, "0 = all, or at least batch_size")
     for name, (good, expected) in checks.items():
         if not good:
             raise ConfigError(f"pretext setting {name} is out of range", found=getattr(config, name),
                               expected=expected)
 
-# %% ../nbs/08_coach.ipynb #cell-060
-def check_images(images: Tensor, batch_size: int) -> None:
-    """Accept uint8 (N, C, H, W), sides in whole cells, at least one batch; IntensityError, GeometryError or
-    ConfigError otherwise."""
+# %% ../nbs/08_coach.ipynb #cell-066
+def check_images(images: Tensor, at_least: int, setting: str = "batch_size") -> None:
+    """Accept uint8 (N, C, H, W), sides in whole cells, `at_least` so many; IntensityError, GeometryError or
+    ConfigError, which names the setting, otherwise."""
     if images.dtype != torch.uint8:
         raise IntensityError("the pretext reads 8-bit slices", found=images.dtype, expected="torch.uint8",
                              fix="use to_tensors")
@@ -537,17 +582,17 @@ def check_images(images: Tensor, batch_size: int) -> None:
         raise GeometryError("the pretext reads a stack of slices", found=tuple(images.shape),
                             expected="(N, C, H, W)")
     mask_grid(images.shape[-2:])
-    if len(images) < batch_size:
-        raise ConfigError("fewer images than one batch", expected=f"at least {batch_size} images",
-                          found=f"{len(images)} images, batch_size {batch_size}",
-                          fix=f"set batch_size to {max(1, len(images))} or less")
+    if len(images) < at_least:
+        raise ConfigError(f"fewer images than {setting}", expected=f"at least {at_least} images",
+                          found=f"{len(images)} images, {setting} {at_least}",
+                          fix=f"set {setting} to {max(1, len(images))} or less")
 
 
-def shuffled_batches(images: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Float batches in [0, 1], all of one size, in random order; the images left over sit out this epoch."""
-    order = torch.randperm(len(images), generator=generator)[:len(images) // batch_size * batch_size]
-    for batch in order.view(-1, batch_size):
-        yield images[batch.to(images.device)].float() / 255
+def epoch_order(count: int, batch_size: int, generator: torch.Generator, images_per_epoch: int = 0) -> Tensor:
+    """Indices of one epoch, int64 (batches, batch_size): of 0 .. count - 1, or of so many drawn from them, in
+    random order; those that fill no batch sit out this epoch."""
+    batches = (images_per_epoch or count) // batch_size
+    return torch.randperm(count, generator=generator)[:batches * batch_size].view(batches, batch_size)
 
 
 def descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> float:
@@ -565,7 +610,7 @@ def descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> float:
     optimiser.step()
     return value
 
-# %% ../nbs/08_coach.ipynb #cell-062
+# %% ../nbs/08_coach.ipynb #cell-068
 @contextmanager
 def _autocast(x: Tensor, wanted: bool) -> Iterator[None]:
     """bfloat16 where it is wanted and the tensor is on a GPU."""
@@ -606,25 +651,81 @@ def error_under(network: nn.Module, x: Tensor, mask: Tensor) -> float:
     with frozen(network):
         return float(reconstruction_loss(network.errors(network(erase(x, mask)), x), mask).erased)
 
-# %% ../nbs/08_coach.ipynb #cell-063
-class Pretext:
-    """One pretext run: network, coach, their optimisers, one generator for every draw, and the slices that
-    are watched."""
+# %% ../nbs/08_coach.ipynb #cell-069
+class PretextResult(NamedTuple):
+    """`history`: a row per epoch; the states, on the CPU; `masks`: bool (epochs, n, 1, h, w), True = kept, of
+    the watched slices; `pictures`: {epoch: uint8 (n, 1, H, W)}, what the network painted into them at the
+    end of a phase."""
 
-    def __init__(self, network: nn.Module, coach: CoachNet | None, images: Tensor, watched: Tensor,
-                 config: PretextConfig, device: torch.device):
-        self.config, self.coach = config, coach
-        self.images, self.network = images.to(device), network.to(device)
-        decay = config.weight_decay
-        self.optimiser = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=decay)
-        if coach is not None:
-            weights = coach.to(device).parameters()
-            self.coach_optimiser = torch.optim.AdamW(weights, config.coach_learning_rate, weight_decay=decay)
+    history: pd.DataFrame
+    network_state: dict[str, Tensor]
+    coach_state: dict[str, Tensor] | None
+    masks: Tensor
+    pictures: dict[int, Tensor]
+
+
+def _state(module: nn.Module | None) -> dict[str, Tensor] | None:
+    """A copy of a module's state on the CPU."""
+    if module is None:
+        return None
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+# %% ../nbs/08_coach.ipynb #cell-070
+class Pretext:
+    """Algorithm 2 on images uint8 (N, C, H, W), a batch at each `step()` until `done`; network and coach
+    change in place.
+
+    network: anything with `forward(x)`, `errors(outputs, x)` and `painted(outputs)`, as `InpaintingInfNet`.
+    watched: slices to measure on, default the first eight images. ids: names of the images, for messages.
+    Raises ConfigError, GeometryError, IntensityError before the first step, and NonFiniteError."""
+
+    columns = ("epoch", "phase", "loss", "erased", "rec_random", "rec_coach", "spatial_entropy",
+               "cell_entropy")
+
+    def __init__(self, network: nn.Module, images: Tensor, config: PretextConfig,
+                 coach: CoachNet | None = None, *, watched: Tensor | None = None, device: str = "cpu",
+                 ids: Sequence[str] | None = None):
+        watched = images[:8] if watched is None else watched
+        self._check(images, watched, config, coach)
+        target, decay = resolve_device(device), config.weight_decay
+        self.config, self.device, self.ids = config, target, ids or [str(k) for k in range(len(images))]
+        self.images, self.watched = images.to(target), watched.to(target).float() / 255
+        self.network, self.coach = network.to(target), coach and coach.to(target)
+        learners = {"network": (network, config.learning_rate), "coach": (coach, config.coach_learning_rate)}
+        self.optimisers = {name: torch.optim.AdamW(module.parameters(), rate, weight_decay=decay)
+                           for name, (module, rate) in learners.items() if module is not None}
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.grid, self.watched = mask_grid(images.shape[-2:]), watched.to(device).float() / 255
         draw = torch.Generator().manual_seed(config.seed + 1)  # the same masks in every epoch
         fixed = random_mask(len(watched), mask_grid(watched.shape[-2:]), config.keep, draw)
-        self.watched_random = fixed.to(device)
+        self.watched_random = fixed.to(target)
+        self.batch, self.order = 0, torch.empty(0)  # batches done in this epoch, and which images are in each
+        self.seen: list[tuple[float, float]] = []  # loss and fraction erased of each of these batches
+        self.rows: list[dict[str, Any]] = []
+        self.cells: list[Tensor] = []
+        self.pictures: dict[int, Tensor] = {}
+
+    def _check(self, images: Tensor, watched: Tensor, config: PretextConfig, coach: CoachNet | None) -> None:
+        """Errors for data and settings that do not fit each other."""
+        check_images(images, config.batch_size)
+        check_images(images, config.images_per_epoch, "images_per_epoch")
+        check_images(watched, 1)
+        if config.masks == "none":
+            raise ConfigError("inpainting needs masks", found="masks 'none'",
+                              expected='"coach", "random" or "blocks"')
+        if (coach is None) == (config.masks == "coach"):
+            raise ConfigError("coach and masks do not fit",
+                              found=f"masks {config.masks!r}, coach {type(coach).__name__}",
+                              expected='a CoachNet with masks "coach", None with the others')
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs done."""
+        return len(self.rows)
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs are."""
+        return self.epoch == len(self.config.phases)
 
     def masks(self, x: Tensor, phase: str) -> Tensor:
         """Masks in pixels (B, 1, H, W) for a step of the network: random in the warm-up, then what the
@@ -635,32 +736,22 @@ class Pretext:
             return random_blocks(len(x), tuple(size), self.generator, **shape).to(x.device)
         share = 1.0 if phase == "warm-up" or c.masks == "random" else c.random_share
         if float(torch.rand((), generator=self.generator)) < share:
-            return spread(random_mask(len(x), self.grid, c.keep, self.generator).to(x.device), size)
+            drawn = random_mask(len(x), mask_grid(size), c.keep, self.generator)
+            return spread(drawn.to(x.device), size)
         return spread(coach_cells(self.coach, x, c.keep), size)
 
-    def step(self, x: Tensor, phase: str) -> tuple[float, float]:
+    def learn(self, x: Tensor, phase: str) -> tuple[float, float]:
         """One step of whoever learns in this phase; its loss, and the fraction erased (NaN for the coach,
         whose masks are soft)."""
         if phase == "coach":
-            optimiser = self.coach_optimiser
+            optimiser = self.optimisers["coach"]
             return coach_step(self.coach, self.network, optimiser, x, self.config, self.generator), math.nan
-        mask = self.masks(x, phase)
-        return network_step(self.network, self.optimiser, x, mask, self.config), 1 - float(mask.mean())
-
-    def epoch(self, phase: str) -> dict[str, float]:
-        """One pass over the images: mean loss and fraction erased."""
-        rate = self.config.learning_rate * (1 if phase == "warm-up" else self.config.later_rate)
-        self.optimiser.param_groups[0]["lr"] = rate
-        spec, seen = augmentation(self.config.augment), []
-        for x in shuffled_batches(self.images, self.config.batch_size, self.generator):
-            x, _ = augment(x, torch.zeros_like(x, dtype=torch.uint8), spec, self.generator)
-            seen.append(self.step(x, phase))
-        loss, erased = (sum(values) / len(seen) for values in zip(*seen))
-        return {"loss": loss, "erased": erased}
+        mask, optimiser = self.masks(x, phase), self.optimisers["network"]
+        return network_step(self.network, optimiser, x, mask, self.config), 1 - float(mask.mean())
 
     def watch(self) -> tuple[dict[str, float], Tensor]:
         """L_rec on the watched slices under the fixed random masks and the coach's, the entropies of the
-        latter, and these masks."""
+        latter, and these masks as cells."""
         size, cells = self.watched.shape[-2:], self.watched_random
         random = error_under(self.network, self.watched, spread(cells, size))
         row = {"rec_random": random, "rec_coach": math.nan}
@@ -668,56 +759,81 @@ class Pretext:
             cells = coach_cells(self.coach, self.watched, self.config.keep)
             row["rec_coach"] = error_under(self.network, self.watched, spread(cells, size))
         row["spatial_entropy"], row["cell_entropy"] = mask_entropy(cells)
-        return row, cells.bool().cpu()
+        return row, cells
 
-# %% ../nbs/08_coach.ipynb #cell-064
-class PretextResult(NamedTuple):
-    """`history`: a row per epoch; the states, on the CPU; `masks`: bool (epochs, n, 1, h, w), True = kept,
-    of the watched slices."""
+    def paint(self, cells: Tensor) -> Tensor:
+        """What the network makes of the watched slices under masks in cells: uint8 (n, 1, H, W)."""
+        erased = erase(self.watched, spread(cells, self.watched.shape[-2:]))
+        with torch.no_grad(), frozen(self.network):
+            painted = self.network.painted(self.network(erased))
+        return (255 * painted).round().to(torch.uint8).cpu()
 
-    history: pd.DataFrame
-    network_state: dict[str, Tensor]
-    coach_state: dict[str, Tensor] | None
-    masks: Tensor
+    def step(self) -> None:
+        """One batch; the last one of an epoch adds a row to the history."""
+        phase, c = self.config.phases[self.epoch], self.config
+        if self.batch == 0:
+            self.order = epoch_order(len(self.images), c.batch_size, self.generator, c.images_per_epoch)
+        later = 1 if phase == "warm-up" else c.later_rate
+        self.optimisers["network"].param_groups[0]["lr"] = c.learning_rate * later
+        indices = self.order[self.batch]
+        x = self._augmented(self.images[indices.to(self.device)].float() / 255)
+        try:
+            self.seen.append(self.learn(x, phase))
+        except NonFiniteError as error:
+            names = ", ".join(self.ids[index] for index in indices.tolist())
+            found = f"{error.found}; epoch {self.epoch} ({phase}), batch {self.batch}, slices {names}"
+            raise NonFiniteError(error.what, found=found, fix=error.fix) from error
+        self.batch += 1
+        if self.batch == len(self.order):
+            self._close_epoch(phase)
 
+    def _augmented(self, x: Tensor) -> Tensor:
+        """A batch by the recipe of the configuration: grey values of the first channel, places of all."""
+        labels = torch.zeros_like(x[:, :1], dtype=torch.uint8)
+        spec, more = augmentation(self.config.augment), x[:, 1:] if x.shape[1] > 1 else None
+        image, _, *others = augment(x[:, :1], labels, spec, self.generator, more)
+        return torch.cat([image, *others], dim=1)
 
-def pretrain(network: nn.Module, images: Tensor, config: PretextConfig, coach: CoachNet | None = None, *,
-             device: str = "cpu", watched: Tensor | None = None) -> PretextResult:
-    """Algorithm 2 on images uint8 (N, C, H, W): warm-up under random masks, then coach and network in turn;
-    both change in place.
+    def _close_epoch(self, phase: str) -> None:
+        """Measures, adds the row of the epoch, and keeps the pictures at the end of a phase."""
+        loss, erased = (sum(values) / len(self.seen) for values in zip(*self.seen))
+        row, cells = self.watch()
+        if [*self.config.phases, None][self.epoch + 1] != phase:
+            self.pictures[self.epoch] = self.paint(cells)
+        self.cells.append(cells.bool().cpu())
+        self.rows.append({"epoch": self.epoch, "phase": phase, "loss": loss, "erased": erased, **row})
+        self.batch, self.order, self.seen = 0, torch.empty(0), []
 
-    network: anything with `forward(x)` and `errors(outputs, x)`, as `InpaintingInfNet`. watched: slices to
-    measure on, default the first eight images. History columns: epoch, phase, loss, erased, rec_random,
-    rec_coach, spatial_entropy, cell_entropy. Raises ConfigError, GeometryError, IntensityError before the
-    first step, and NonFiniteError."""
-    check_images(images, config.batch_size)
-    watched = images[:8] if watched is None else watched
-    check_images(watched, 1)
-    if (coach is None) == (config.masks == "coach"):
-        raise ConfigError("coach and masks do not fit",
-                          found=f"masks {config.masks!r}, coach {type(coach).__name__}",
-                          expected='a CoachNet with masks "coach", None with the others')
-    run = Pretext(network, coach, images, watched, config, resolve_device(device))
-    rows, masks = [], []
-    for number, phase in enumerate(progress(config.phases, desc="pretext", unit="epoch")):
-        trained = run.epoch(phase)
-        seen, cells = run.watch()
-        rows.append({"epoch": number, "phase": phase, **trained, **seen})
-        masks.append(cells)
-    stack = torch.stack(masks) if masks else torch.empty(0)
-    return PretextResult(pd.DataFrame(rows), _state(network), _state(coach), stack)
+    _progress = ("batch", "order", "seen", "rows", "cells", "pictures")  # what changes beside the weights
 
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, as tensors and plain values: for a checkpoint."""
+        weights = {"network": self.network.state_dict(), "coach": self.coach and self.coach.state_dict()}
+        optimisers = {name: each.state_dict() for name, each in self.optimisers.items()}
+        progress = {name: getattr(self, name) for name in self._progress}
+        return {**weights, "optimisers": optimisers, "random": self.generator.get_state(), **progress}
 
-def _state(module: nn.Module | None) -> dict[str, Tensor] | None:
-    """A copy of a module's state on the CPU."""
-    if module is None:
-        return None
-    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Back to the moment of `state()`; CheckpointError if it belongs to another network."""
+        load_strict(self.network, state["network"])
+        if self.coach is not None:
+            load_strict(self.coach, state["coach"])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+        self.generator.set_state(state["random"])
+        for name in self._progress:
+            setattr(self, name, copy.copy(state[name]))
 
-# %% ../nbs/08_coach.ipynb #cell-066
+    def result(self) -> PretextResult:
+        """The history so far, copies of the weights, the masks and the pictures."""
+        masks = torch.stack(self.cells) if self.cells else torch.empty(0)
+        history = pd.DataFrame(self.rows, columns=list(self.columns))
+        return PretextResult(history, _state(self.network), _state(self.coach), masks, dict(self.pictures))
+
+# %% ../nbs/08_coach.ipynb #cell-075
 class Channels(nn.Module):
     """Any network that is called with C maps (B, 1, H, W) in [0, 1], as one that takes x (B, C, H, W), for
-    `pretrain`.
+    `Pretext`.
 
     Its outputs must be a named tuple, field k the reconstruction of channel k in [0, 1], or None where it
     is not wanted."""
@@ -736,7 +852,31 @@ class Channels(nn.Module):
         return {name: clipped_error(normalised_grey(painted) / 3, normalised_grey(channel) / 3)
                 for name, painted, channel in pairs if painted is not None}
 
-# %% ../nbs/08_coach.ipynb #cell-073
+    def painted(self, outputs: Any) -> Tensor:
+        """The first reconstruction that is wanted, as a picture (B, 1, H, W) in [0, 1]."""
+        return next(painted for painted in outputs if painted is not None).clamp(0, 1)
+
+# %% ../nbs/08_coach.ipynb #cell-080
+def draw_history(history: pd.DataFrame) -> Figure:
+    """Two panels over the epochs of a `PretextResult.history`: L_rec of the watched slices under random masks
+    and the coach's, and the entropies of the latter; the coach's turns are grey."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.3), dpi=72, layout="constrained")
+    lines = [{"rec_random": "random masks", "rec_coach": "the coach's masks"},
+             {"spatial_entropy": "spatial entropy", "cell_entropy": "cell entropy"}]
+    for axis, names in zip(axes, lines):
+        for name, label in names.items():
+            axis.plot(history.epoch, history[name], label=label)
+        for epoch in history.epoch[history.phase == "coach"]:
+            axis.axvspan(epoch - 1, epoch, color="0.9", lw=0)
+        axis.set(xlabel="epoch")
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set(ylabel="$L_{rec}$, watched slices")
+    axes[1].set(ylim=(0, 1))
+    return figure
+
+# %% ../nbs/08_coach.ipynb #cell-083
 def draw_masks(result: PretextResult, watched: Tensor, epochs: list[int] | None = None,
                slices: int = 2) -> Figure:
     """How the masks change: rows are watched slices uint8 (n, C, H, W), erased cells tinted, and how often
@@ -768,7 +908,27 @@ def _turns(history: pd.DataFrame) -> list[int]:
     chosen = last[last.phase != "network"] if (last.phase == "coach").any() else last
     return chosen.epoch.tolist()
 
-# %% ../nbs/08_coach.ipynb #cell-083
+# %% ../nbs/08_coach.ipynb #cell-089
+def draw_pictures(result: PretextResult, watched: Tensor, number: int = 0) -> Figure:
+    """Watched slice `number` of uint8 (n, C, H, W), erased (above) and as the network paints it (below), at
+    the end of the phases, at most six."""
+    import matplotlib.pyplot as plt
+
+    epochs = sorted(result.pictures)[-6:]
+    figure, axes = plt.subplots(2, max(len(epochs), 1), figsize=(1.15 * max(len(epochs), 1), 2.5), dpi=72,
+                                layout="constrained", squeeze=False)
+    slice_ = watched[number:number + 1, :1].cpu()
+    for column, epoch in enumerate(epochs):
+        mask = spread(result.masks[epoch, number:number + 1].float(), slice_.shape[-2:])
+        holes, painted = 255 * erase(slice_.float() / 255, mask), result.pictures[epoch][number:]
+        axes[0, column].imshow(holes[0, 0].numpy(), cmap="gray", vmin=0, vmax=255)
+        axes[1, column].imshow(painted[0, 0].numpy(), cmap="gray", vmin=0, vmax=255)
+        axes[0, column].set_title(f"{epoch}: {result.history.phase[epoch]}", fontsize=8)
+    for axis in axes.flat:
+        axis.axis("off")
+    return figure
+
+# %% ../nbs/08_coach.ipynb #cell-096
 def turn(x: Tensor, quarters: Tensor) -> Tensor:
     """Each square image of (B, C, S, S) turned counter-clockwise by its number of quarter turns, (B,);
     exact. GeometryError if not square."""
@@ -816,23 +976,34 @@ def turn_accuracy(network: RotationNet, x: Tensor) -> float:
     return float(torch.stack(right).mean())
 
 
-def pretrain_rotation(network: RotationNet, images: Tensor, *, epochs: int, batch_size: int = 8,
-                      learning_rate: float = 1e-3, device: str = "cpu", seed: int = 0,
-                      watched: Tensor | None = None) -> pd.DataFrame:
-    """Train a `RotationNet` in place on images uint8 (N, 1, S, S); a row per epoch: epoch, loss, accuracy on
-    `watched` in all turns.
+class RotationPretext(Pretext):
+    """A pretext run of a `RotationNet`, by the same steps: no masks, no coach, no augmentation; `accuracy` on
+    the watched slices in all turns.
 
-    Raises ConfigError, GeometryError, IntensityError before the first step, and NonFiniteError."""
-    check_images(images, batch_size)
-    target, rows = resolve_device(device), []
-    images, seen = images.to(target), (images[:8] if watched is None else watched).to(target).float() / 255
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(network.to(target).parameters(), learning_rate)
-    for number in range(epochs):
-        losses = []
-        for x in shuffled_batches(images, batch_size, generator):
-            turned, labels = turned_batch(x, network.turns, generator)
-            losses.append(descend(functional.cross_entropy(network.train()(turned), labels), optimiser))
-        rows.append({"epoch": number, "loss": sum(losses) / len(losses),
-                     "accuracy": turn_accuracy(network, seen)})
-    return pd.DataFrame(rows, columns=["epoch", "loss", "accuracy"])
+    The epochs are those of the configuration with masks "none". Errors as `Pretext`."""
+
+    columns = (*Pretext.columns, "accuracy")
+
+    def _check(self, images: Tensor, watched: Tensor, config: PretextConfig, coach: CoachNet | None) -> None:
+        if config.masks != "none" or config.augment != "none" or coach is not None:
+            raise ConfigError("rotation erases nothing and turns by itself",
+                              found=f"masks {config.masks!r}, augment {config.augment!r}",
+                              expected="'none' for both, no coach")
+        check_images(images, config.batch_size)
+        check_images(images, config.images_per_epoch, "images_per_epoch")
+        check_images(watched, 1)
+        turn(watched, torch.zeros(len(watched), dtype=torch.long))
+
+    def learn(self, x: Tensor, phase: str) -> tuple[float, float]:
+        """One step on slices that are each turned at random; the loss, and NaN: nothing is erased."""
+        turned, labels = turned_batch(x, self.network.turns, self.generator)
+        loss = functional.cross_entropy(self.network.train()(turned), labels)
+        return descend(loss, self.optimisers["network"]), math.nan
+
+    def watch(self) -> tuple[dict[str, float], Tensor]:
+        """The accuracy on the watched slices; no cells."""
+        return {"accuracy": turn_accuracy(self.network, self.watched)}, torch.empty(0)
+
+    def paint(self, cells: Tensor) -> Tensor:
+        """Nothing is painted."""
+        return torch.empty(0, dtype=torch.uint8)

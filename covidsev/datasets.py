@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'MIN_SIDE', 'MAX_FILE_BYTES', 'COLOUR_TOLERANCE', 'COLOUR_SHARE', 'COLOURS', 'GREY_CODES',
-           'BINARY_ENCODINGS', 'Pair', 'SCAN_GROUPS', 'Slice', 'KNOWN_SHARED_GROUPS', 'DARK_MEAN', 'BRIGHT_BONE',
-           'SliceSet', 'read_image', 'read_mask', 'read_labels', 'palette_picture', 'read_map', 'read_pseudo_label',
-           'natural_key', 'list_pictures', 'pair_by_stem', 'mask_edge', 'resize_image', 'resize_labels', 'to_tensors',
-           'for_display', 'ScanGroup', 'scan_group', 'shares_scan_with_train', 'find_covid_semiseg',
-           'load_covid_semiseg', 'write_covid_semiseg', 'load_phantom', 'Splits', 'carve', 'check_disjoint',
-           'load_splits', 'UnlabelledSet', 'scan_of_name', 'load_unlabelled', 'spine_at_left', 'grey_profile',
-           'domain_shift', 'prior_is_ground_truth', 'load_priors', 'DataReport', 'pixel_table', 'empty_table',
+           'BINARY_ENCODINGS', 'Pair', 'SCAN_GROUPS', 'Slice', 'SUBSET_STRATA', 'KNOWN_SHARED_GROUPS', 'DARK_MEAN',
+           'BRIGHT_BONE', 'SURE_VOTE', 'LABELLED_PEAKS', 'SliceSet', 'read_image', 'read_mask', 'read_labels',
+           'palette_picture', 'read_map', 'read_pseudo_label', 'natural_key', 'list_pictures', 'pair_by_stem',
+           'mask_edge', 'resize_image', 'resize_labels', 'to_tensors', 'for_display', 'ScanGroup', 'scan_group',
+           'shares_scan_with_train', 'find_covid_semiseg', 'load_covid_semiseg', 'write_covid_semiseg', 'load_phantom',
+           'Splits', 'carve', 'nested_subset', 'check_disjoint', 'load_splits', 'UnlabelledSet', 'scan_of_name',
+           'load_unlabelled', 'spine_at_left', 'grey_profile', 'domain_shift', 'ScanRule', 'grey_peaks', 'scan_rule',
+           'harmonise', 'spread_over_scans', 'pool_tensors', 'pseudo_label_tensors', 'phantom_pool',
+           'phantom_pseudo_labels', 'prior_is_ground_truth', 'load_priors', 'DataReport', 'pixel_table', 'empty_table',
            'size_table', 'group_table', 'relation_table', 'check_covid_semiseg']
 
 # %% ../nbs/02b_datasets.ipynb #cell-002
@@ -432,19 +434,24 @@ def resize_labels(labels: np.ndarray, size: int | tuple[int, int]) -> np.ndarray
 
 
 def to_tensors(slices: SliceSet, size: int, device: Any = "cpu") -> "tuple[torch.Tensor, torch.Tensor]":
-    """All slices at one size on `device`: images and labels, both uint8 (N, 1, size, size)."""
-    import torch
-
+    """All slices at one size on `device`: images and labels, both uint8 (N, 1, size, size); N may be 0."""
     images = [resize_image(image, size) for image in slices.images]
     labels = [resize_labels(labels, size) for labels in slices.labels]
-    return tuple(torch.from_numpy(np.stack(arrays)[:, None]).to(device) for arrays in (images, labels))
+    return tuple(_stack(arrays, size).to(device) for arrays in (images, labels))
 
-# %% ../nbs/02b_datasets.ipynb #cell-048
+
+def _stack(arrays: list[np.ndarray], size: int) -> "torch.Tensor":
+    """uint8 (size, size) arrays as one tensor (N, 1, size, size); N may be 0."""
+    import torch
+
+    return torch.from_numpy(np.array(arrays, np.uint8).reshape(len(arrays), 1, size, size))
+
+# %% ../nbs/02b_datasets.ipynb #cell-049
 def for_display(picture: np.ndarray, kind: str) -> np.ndarray:
     """A slice with anterior up: real slices (H, W) are transposed to (W, H), phantoms are left alone."""
     return picture.T if check_choice("kind of data", kind, ["real", "phantom"]) == "real" else picture
 
-# %% ../nbs/02b_datasets.ipynb #cell-052
+# %% ../nbs/02b_datasets.ipynb #cell-053
 class ScanGroup(NamedTuple):
     """Slices of one scan: `certain` or likely, the ids in the training and in the test folder."""
 
@@ -475,7 +482,7 @@ def shares_scan_with_train(slices: SliceSet, *, include_likely: bool = True) -> 
               and (group.certain or include_likely) for slice_id in group.test}
     return [group in shared for group in slices.groups]
 
-# %% ../nbs/02b_datasets.ipynb #cell-056
+# %% ../nbs/02b_datasets.ipynb #cell-057
 _NOTE_FILE = "covidsev.json"  # says what the slices below are, where they are not the published ones
 _PARTS = {"train": ("TrainingSet", "LungInfection-Train", "MultiClassInfection-Train"),
           "test": ("TestingSet", "LungInfection-Test", "MultiClassInfection-Test")}
@@ -513,7 +520,7 @@ def find_covid_semiseg(root: str | Path | None = None) -> Path:
                            expected="folders TrainingSet and TestingSet, or LungInfection-Train, ...",
                            fix=missing_data_message("covid-semiseg"))
 
-# %% ../nbs/02b_datasets.ipynb #cell-057
+# %% ../nbs/02b_datasets.ipynb #cell-058
 Slice = tuple[np.ndarray, np.ndarray]  # image and labels, both uint8 (H, W)
 
 
@@ -566,7 +573,7 @@ def _check_binary(slices: dict[str, Slice], stems: Collection[str], folder: Path
                                 fix="fetch the data again"))
     return errors
 
-# %% ../nbs/02b_datasets.ipynb #cell-058
+# %% ../nbs/02b_datasets.ipynb #cell-059
 def _require_parts(root: str | Path | None, split: str) -> dict[str, Path]:
     """The parts of a split; `DataMissingError` if the data is there, but not this split."""
     folder = find_covid_semiseg(root)
@@ -614,7 +621,7 @@ def load_covid_semiseg(root: str | Path | None, split: str) -> SliceSet:
     return SliceSet(f"covid-semiseg/{split}", note.get("kind", "real"), list(slices), list(images),
                     list(labels), groups, binary_only)
 
-# %% ../nbs/02b_datasets.ipynb #cell-060
+# %% ../nbs/02b_datasets.ipynb #cell-061
 def _png(picture: Image.Image) -> bytes:
     """The bytes of a PNG file."""
     buffer = io.BytesIO()
@@ -645,8 +652,8 @@ def write_covid_semiseg(folder: str | Path, **splits: SliceSet) -> Path:
                         _png(palette_picture(labels)))
     return Path(folder)
 
-# %% ../nbs/02b_datasets.ipynb #cell-062
-_PHANTOM_STREAMS = {"train": 0, "val": 1, "test": 2}
+# %% ../nbs/02b_datasets.ipynb #cell-063
+_PHANTOM_STREAMS = {"train": 0, "val": 1, "test": 2, "pool": 3_000_000}  # far from the seeds in use
 
 
 def load_phantom(split: str, n: int, size: int, seed: int = 0) -> SliceSet:
@@ -658,7 +665,7 @@ def load_phantom(split: str, n: int, size: int, seed: int = 0) -> SliceSet:
                     [phantom.labels for _, phantom in patients],
                     [f"phantom:{split}:{patient}" for patient, _ in patients])
 
-# %% ../nbs/02b_datasets.ipynb #cell-069
+# %% ../nbs/02b_datasets.ipynb #cell-070
 class Splits(NamedTuple):
     """The three sets of an experiment."""
 
@@ -697,6 +704,21 @@ def carve(slices: SliceSet, n: int, seed: int) -> tuple[list[int], list[int]]:
     return [index for index in range(len(slices)) if index not in chosen], sorted(chosen)
 
 
+SUBSET_STRATA = 10  # of the infected share, for subsets of the training slices
+
+
+def nested_subset(slices: SliceSet, n: int, seed: int) -> list[int]:
+    """Indices of `n` slices in order of the set: drawn with `seed`, evenly from strata of the infected share.
+
+    For one seed a smaller subset is part of every larger one. `ConfigError` unless 1 <= n <= len(slices)."""
+    if not 1 <= n <= len(slices):
+        raise ConfigError("cannot take that many training slices", found=f"n_train = {n}",
+                          expected=f"1 to {len(slices)}")
+    share = [slices.infection(index).mean() for index in range(len(slices))]
+    order = _stratified_order(share, SUBSET_STRATA, np.random.default_rng([seed, SUBSET_STRATA]))
+    return sorted(order[:n])
+
+
 def _common(first: SliceSet, second: SliceSet) -> dict[str, tuple[list[str], list[str]]]:
     """What two sets share: a group, or an identical image -> the ids on either side."""
     def keys(slices: SliceSet) -> dict[str, list[str]]:
@@ -726,14 +748,16 @@ def check_disjoint(*, known: Collection[str] = (), **splits: SliceSet) -> list[s
                            fix="split by group, see covidsev.datasets.carve")
     return notices
 
-# %% ../nbs/02b_datasets.ipynb #cell-070
+# %% ../nbs/02b_datasets.ipynb #cell-071
 KNOWN_SHARED_GROUPS = tuple(f"medseg1:{name}" for name, group in SCAN_GROUPS.items() if group.train
                             and group.test)
 
 
 def _phantom_splits(size: int, n_train: int | None, n_val: int, n_test: int | None, seed: int) -> Splits:
     """Phantom train, validation and test sets of separate patients."""
-    counts = {"train": n_train or 24, "val": n_val, "test": n_test or 12}
+    counts = {"train": 24 if n_train is None else n_train, "val": n_val, "test": n_test or 12}
+    if counts["train"] < 1:
+        raise ConfigError("training needs at least one slice", found=f"n_train = {n_train}")
     return Splits(**{split: load_phantom(split, n, size, seed) for split, n in counts.items()})
 
 
@@ -742,7 +766,8 @@ def _semiseg_splits(root: str | Path | None, n_train: int | None, n_val: int, n_
     """Validation carved from the 50 training slices; the test slices in their fixed order."""
     published, test = load_covid_semiseg(root, "train"), load_covid_semiseg(root, "test")
     rest, validation = carve(published, n_val, seed)
-    train, val = published.subset(rest[:n_train]), published.subset(validation)
+    train, val = published.subset(rest), published.subset(validation)
+    train = train if n_train is None else train.subset(nested_subset(train, n_train, seed))
     train.name, val.name = "covid-semiseg/train", "covid-semiseg/val"
     return Splits(train, val, test.subset(range(len(test))[:n_test]))
 
@@ -752,16 +777,17 @@ def load_splits(data: str, *, root: str | Path | None = None, size: int = 352, n
                 split_seed: int = 0, n_test: int | None = None) -> Splits:
     """Train, validation and test sets of "phantom" or "covid-semiseg", checked for leaks.
 
-    `size` is the side of phantom slices (real slices keep their own). `n_train` and `n_test` limit the sets
-    (phantom: 24 and 12). The same `split_seed` gives the same slices. `DataMissingError` if real data is
-    asked for and not there: never the phantom instead."""
+    `size` is the side of phantom slices (real slices keep their own). `n_train` (nested subsets) and `n_test`
+    limit the sets (phantom: 24 and 12); `val_slices` may be 0. The same `split_seed` gives the same slices.
+    `ConfigError` for impossible numbers; `DataMissingError` if real data is asked for and not there: never
+    the phantom instead."""
     check_choice("data set", data, ["phantom", "covid-semiseg"])
     splits = (_phantom_splits(size, n_train, val_slices, n_test, split_seed) if data == "phantom"
               else _semiseg_splits(root, n_train, val_slices, n_test, split_seed))
     check_disjoint(known=KNOWN_SHARED_GROUPS, **splits._asdict())
     return splits
 
-# %% ../nbs/02b_datasets.ipynb #cell-078
+# %% ../nbs/02b_datasets.ipynb #cell-081
 @dataclass(repr=False)
 class UnlabelledSet:
     """The paths of unlabelled slices, their `scans` and leak-safe `groups`; read when asked for."""
@@ -808,9 +834,10 @@ def load_unlabelled(root: str | Path | None = None) -> UnlabelledSet:
     return UnlabelledSet("covid-semiseg/unlabelled", "real", [path.stem for path in paths], paths,
                          list(scans), list(groups))
 
-# %% ../nbs/02b_datasets.ipynb #cell-079
+# %% ../nbs/02b_datasets.ipynb #cell-082
 DARK_MEAN = 90  # mean grey value that separates the two windows of the pool
 BRIGHT_BONE = 180  # grey value above which a pixel is taken for bone in the orientation cue
+SURE_VOTE = 0.75  # share of the slices of a scan that decides which way round it lies
 
 
 def spine_at_left(image: np.ndarray) -> bool:
@@ -839,7 +866,7 @@ def domain_shift(profile: "pandas.DataFrame") -> list[str]:
     """Notices about a pool whose parts were windowed or turned differently; empty if it is of one kind."""
     dark = profile["mean_grey"] < DARK_MEAN
     votes = profile.groupby("scan")["spine_at_left"].mean()
-    left, right = int((votes > 0.75).sum()), int((votes < 0.25).sum())  # in between: undecided
+    left, right = int((votes > SURE_VOTE).sum()), int((votes < 1 - SURE_VOTE).sum())  # between: undecided
     notices = []
     if dark.any() and not dark.all():
         sources = ", ".join(sorted(set(profile.loc[dark, "scan"].str.split(":").str[0])))
@@ -850,7 +877,120 @@ def domain_shift(profile: "pandas.DataFrame") -> list[str]:
                        f"{right}, undecided in {len(votes) - left - right}")
     return notices
 
-# %% ../nbs/02b_datasets.ipynb #cell-085
+# %% ../nbs/02b_datasets.ipynb #cell-089
+LABELLED_PEAKS = (45, 211)  # grey of aerated lung and of soft tissue in the labelled training slices
+
+
+class ScanRule(NamedTuple):
+    """How the slices of a scan become like the labelled: `mirrored`, and the grey `peaks` to move, or None."""
+
+    mirrored: bool
+    peaks: tuple[int, int] | None
+
+
+def grey_peaks(histogram: np.ndarray) -> tuple[int, int]:
+    """The highest places of a smoothed histogram (256,) below and above its mean: lung and soft tissue.
+
+    `IntensityError` if all pixels have one grey value."""
+    if np.count_nonzero(histogram) < 2:
+        raise IntensityError("these slices are of one grey value", expected="lung and soft tissue")
+    smooth = np.convolve(histogram, np.bartlett(11), "same")  # a triangle leaves a single peak where it is
+    middle = int(histogram @ np.arange(256) // histogram.sum()) + 1
+    return int(smooth[:middle].argmax()), middle + int(smooth[middle:].argmax())
+
+
+def scan_rule(images: Sequence[np.ndarray]) -> ScanRule:
+    """The rule for the slices of one scan, each uint8 (H, W), decided for the scan as a whole."""
+    mirrored = np.mean([spine_at_left(image) for image in images]) > SURE_VOTE
+    if np.mean([image.mean() for image in images]) >= DARK_MEAN:
+        return ScanRule(bool(mirrored), None)
+    return ScanRule(bool(mirrored), grey_peaks(sum(np.bincount(i.ravel(), minlength=256) for i in images)))
+
+
+def harmonise(picture: np.ndarray, rule: ScanRule) -> np.ndarray:
+    """A slice uint8 (H, W) by the rule of its scan; of the same shape and type."""
+    if rule.peaks is not None:
+        (lung, tissue), (to_lung, to_tissue) = rule.peaks, LABELLED_PEAKS
+        table = to_lung + (np.arange(256) - lung) * (to_tissue - to_lung) / (tissue - lung)
+        picture = np.clip(np.rint(table), 0, 255).astype(np.uint8)[picture]
+    return np.ascontiguousarray(picture[:, ::-1]) if rule.mirrored else picture
+
+# %% ../nbs/02b_datasets.ipynb #cell-093
+def spread_over_scans(scans: Sequence[str], n: int, seed: int) -> list[int]:
+    """Indices of `n` slices (0: all) spread evenly over the scans and within each, in order.
+
+    A scan with too few gives all it has, the others the rest. `seed` moves the places within the scans.
+    `ConfigError` if there is nothing, or not as much as asked for."""
+    if not scans or not 0 <= n <= len(scans):
+        raise ConfigError("cannot take that many unlabelled slices", found=f"n = {n}",
+                          expected=f"0 (all) to {len(scans)}" if scans else "a pool with slices in it")
+    members = {scan: [k for k, other in enumerate(scans) if other == scan] for scan in dict.fromkeys(scans)}
+    taken = dict.fromkeys(members, 0)
+    while (left := (n or len(scans)) - sum(taken.values())) > 0:
+        for scan in [scan for scan in members if taken[scan] < len(members[scan])][:left]:
+            taken[scan] += 1
+    shifts = np.random.default_rng(seed).random(len(members))
+    return sorted(places[int((k + shift) * len(places) / taken[scan])]
+                  for (scan, places), shift in zip(members.items(), shifts, strict=True)
+                  for k in range(taken[scan]))
+
+
+def _pool_rules(pool: UnlabelledSet, wanted: Sequence[int]) -> dict[str, ScanRule]:
+    """The rule of each scan that `wanted` slices come from, found on all slices of the scan."""
+    scans = dict.fromkeys(pool.scans[index] for index in wanted)
+    return {scan: scan_rule([pool.image(k) for k, other in enumerate(pool.scans) if other == scan])
+            for scan in progress(list(scans), desc="unlabelled scans", unit="scan")}
+
+
+def pool_tensors(pool: UnlabelledSet, size: int, n: int = 0,
+                 seed: int = 0) -> "tuple[torch.Tensor, list[str]]":
+    """Unlabelled slices made like the labelled ones: images uint8 (N, 1, size, size), and their ids.
+
+    n: 0 for all, else so many spread over the scans. `ConfigError` for an impossible n, `ReadError` for a
+    damaged file."""
+    chosen = spread_over_scans(pool.scans, n, seed)
+    rules = _pool_rules(pool, chosen)
+    images = [resize_image(harmonise(pool.image(k), rules[pool.scans[k]]), size) for k in chosen]
+    return _stack(images, size), [pool.ids[k] for k in chosen]
+
+
+def pseudo_label_tensors(pool: UnlabelledSet, size: int, n: int = 0,
+                         seed: int = 0) -> "tuple[torch.Tensor, torch.Tensor, list[str]]":
+    """As `pool_tensors`, with the released labels: images, labels 0/1 (both uint8 (N, 1, size, size)), ids.
+
+    Label 1, any infection: the map is 128 or above. Raises also `DataMissingError` without the maps, and
+    `MaskError`, `GeometryError` where images and maps do not pair."""
+    chosen = spread_over_scans(pool.scans, n, seed)
+    folder = pool.paths[0].parent.parent / "GT"
+    if not folder.is_dir():
+        raise DataMissingError("this copy of COVID-SemiSeg has no pseudo labels", file=folder,
+                               fix=missing_data_message("covid-semiseg"))
+    pairs = {stem: files for stem, *files in pair_by_stem(pool.paths[0].parent, folder)}
+    rules, images, labels = _pool_rules(pool, chosen), [], []
+    for k in chosen:
+        stem, rule = unicodedata.normalize("NFC", pool.ids[k]), rules[pool.scans[k]]
+        image, mask = _read_pair(stem, *pairs[stem], lambda path: read_mask(path, binarize=127))
+        images.append(resize_image(harmonise(image, rule), size))
+        labels.append(resize_labels(harmonise(mask, rule._replace(peaks=None)), size))
+    return _stack(images, size), _stack(labels, size), [pool.ids[k] for k in chosen]
+
+# %% ../nbs/02b_datasets.ipynb #cell-094
+def phantom_pool(n: int, size: int, seed: int = 0) -> "tuple[torch.Tensor, list[str]]":
+    """A stand-in for the pool: `n` phantom slices of patients that are in no split; as `pool_tensors`."""
+    images, _, ids = phantom_pseudo_labels(n, size, seed)
+    return images, ids
+
+
+def phantom_pseudo_labels(n: int, size: int,
+                          seed: int = 0) -> "tuple[torch.Tensor, torch.Tensor, list[str]]":
+    """A stand-in for released labels: the true infection moved by two pixels; as `pseudo_label_tensors`."""
+    if n < 1:
+        raise ConfigError("a phantom pool needs a number of slices", found=f"n = {n}", expected="at least 1")
+    slices = load_phantom("pool", n, size, seed)
+    images, labels = to_tensors(slices, size)
+    return images, (labels > 0).to(labels.dtype).roll((2, 2), dims=(2, 3)), slices.ids
+
+# %% ../nbs/02b_datasets.ipynb #cell-101
 def prior_is_ground_truth(root: str | Path | None = None) -> bool:
     """Whether the published `Prior` maps are the training masks themselves; False if either is not there."""
     parts = _parts(find_covid_semiseg(root), "train")
@@ -873,7 +1013,7 @@ def load_priors(root: str | Path | None = None) -> dict[str, np.ndarray]:
                       "predict your own", stacklevel=2)
     return {path.stem: read_map(path) for path in list_pictures(folder)}
 
-# %% ../nbs/02b_datasets.ipynb #cell-089
+# %% ../nbs/02b_datasets.ipynb #cell-105
 @dataclass
 class DataReport:
     """What a check found: tables, faults (unusable), notices (worth knowing); `str()` prints all."""
@@ -954,7 +1094,7 @@ def group_table(sets: dict[str, Collection[str]]) -> "pandas.DataFrame":
                          *(", ".join(side) or "-" for side in sides), "yes" if all(sides) else "no"))
     return pandas.DataFrame(rows, columns=["group", "evidence", "train", "test", "crosses the split"])
 
-# %% ../nbs/02b_datasets.ipynb #cell-090
+# %% ../nbs/02b_datasets.ipynb #cell-106
 class _Rule(NamedTuple):
     """A relation between published folders: `holds` compares a file of `folder` with (image, labels)."""
 
@@ -1007,7 +1147,7 @@ def relation_table(parts: dict[str, dict[str, Path]],
                              columns=["split", "relation", "holds"])
     return table, [fault for _, _, faults in results for fault in faults]
 
-# %% ../nbs/02b_datasets.ipynb #cell-091
+# %% ../nbs/02b_datasets.ipynb #cell-107
 def _pool_table(profile: "pandas.DataFrame") -> "pandas.DataFrame":
     """A row for each scan of the pool: slices, mean grey, share of slices with the spine at the left."""
     grouped = profile.groupby("scan", sort=True)

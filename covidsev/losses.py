@@ -14,8 +14,8 @@ from torch.nn import functional
 from .config import GeometryError, MaskError, check_choice
 
 # %% auto #0
-__all__ = ['VARIANTS', 'MAP_NAMES', 'SideOutputs', 'LossParts', 'box_mean', 'boundary_weights', 'weighted_bce', 'weighted_iou',
-           'structure_loss', 'edge_loss', 'infnet_loss', 'test_loss_sum', 'test_loss_mean']
+__all__ = ['VARIANTS', 'MAP_NAMES', 'SideOutputs', 'LossParts', 'box_mean', 'boundary_weights', 'focal', 'weighted_bce',
+           'weighted_iou', 'structure_loss', 'edge_loss', 'infnet_loss', 'test_loss_sum', 'test_loss_mean']
 
 # %% ../nbs/05_losses.ipynb #cell-008
 class SideOutputs(NamedTuple):
@@ -79,12 +79,18 @@ def _check_mask(mask: Tensor) -> None:
 VARIANTS = ("weighted", "as_published")
 
 # %% ../nbs/05_losses.ipynb #cell-027
-def weighted_bce(logits: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """Cross-entropy per image, `(B,)`: sum(w * bce) / sum(w), from logits, so that it never overflows."""
-    entropy = functional.binary_cross_entropy_with_logits(logits.float(), mask.float(), reduction="none")
-    return (weights * entropy).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
+def focal(loss: Tensor, gamma: float, alpha: float = 1.0) -> Tensor:
+    """Focal form of un-reduced cross-entropies: alpha (1 - exp(-loss))^gamma loss. Lin et al. 2017."""
+    return alpha * (-torch.expm1(-loss)).clamp_min(0) ** gamma * loss if gamma else alpha * loss
 
 # %% ../nbs/05_losses.ipynb #cell-028
+def weighted_bce(logits: Tensor, mask: Tensor, weights: Tensor, focal_gamma: float = 0.0) -> Tensor:
+    """Cross-entropy per image, `(B,)`: sum(w * bce) / sum(w), from logits, so that it never overflows."""
+    entropy = functional.binary_cross_entropy_with_logits(logits.float(), mask.float(), reduction="none")
+    entropy = focal(entropy, focal_gamma)
+    return (weights * entropy).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
+
+# %% ../nbs/05_losses.ipynb #cell-029
 def weighted_iou(logits: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     """1 - soft intersection over union per image, `(B,)` in [0, 1): both sums weighted, 1 added to each."""
     probs = torch.sigmoid(logits.float())
@@ -92,22 +98,23 @@ def weighted_iou(logits: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     both = (weights * (probs + mask)).sum(dim=(1, 2, 3))
     return 1 - (inter + 1) / (both - inter + 1)
 
-# %% ../nbs/05_losses.ipynb #cell-029
-def structure_loss(logits: Tensor, mask: Tensor, weights: Tensor | None = None,
-                   variant: str = "weighted") -> Tensor:
+# %% ../nbs/05_losses.ipynb #cell-030
+def structure_loss(logits: Tensor, mask: Tensor, weights: Tensor | None = None, variant: str = "weighted",
+                   focal_gamma: float = 0.0) -> Tensor:
     """L_seg = L_IoU + L_BCE of equation (1), a scalar, from logits and mask `(B, 1, H, W)`.
 
     weights: `boundary_weights(mask)`, passed in when several maps share one mask. variant: "weighted", or
-    "as_published", in which the entropy is a plain mean, as in the released code. Raises GeometryError when
-    the shapes differ, MaskError for a mask outside [0, 1], ConfigError for an unknown variant.
+    "as_published", in which the entropy is a plain mean, as in the released code. focal_gamma: exponent of
+    `focal` on the entropy, 0 is off. Raises GeometryError when the shapes differ, MaskError for a mask outside
+    [0, 1], ConfigError for an unknown variant.
     """
     check_choice("loss variant", variant, VARIANTS)
     _check_same_shape(logits, mask)
     weights = boundary_weights(mask) if weights is None else weights
     flat = torch.ones_like(weights) if variant == "as_published" else weights
-    return (weighted_bce(logits, mask, flat) + weighted_iou(logits, mask, weights)).mean()
+    return (weighted_bce(logits, mask, flat, focal_gamma) + weighted_iou(logits, mask, weights)).mean()
 
-# %% ../nbs/05_losses.ipynb #cell-030
+# %% ../nbs/05_losses.ipynb #cell-031
 def _check_same_shape(logits: Tensor, target: Tensor) -> None:
     """Broadcasting would hide a map of the wrong size."""
     if logits.shape != target.shape:
@@ -115,21 +122,21 @@ def _check_same_shape(logits: Tensor, target: Tensor) -> None:
                             found=f"logits {tuple(logits.shape)}, mask {tuple(target.shape)}",
                             fix="resize the mask to the map")
 
-# %% ../nbs/05_losses.ipynb #cell-039
+# %% ../nbs/05_losses.ipynb #cell-043
 def edge_loss(logits: Tensor, edge: Tensor) -> Tensor:
     """L_edge: mean cross-entropy of the edge logits against the edge map, both `(B, 1, H, W)`; a scalar."""
     _check_same_shape(logits, edge)
     return functional.binary_cross_entropy_with_logits(logits.float(), edge.float())
 
-# %% ../nbs/05_losses.ipynb #cell-042
-def infnet_loss(outputs: SideOutputs, mask: Tensor, edge: Tensor | None = None,
-                variant: str = "weighted") -> LossParts:
+# %% ../nbs/05_losses.ipynb #cell-046
+def infnet_loss(outputs: SideOutputs, mask: Tensor, edge: Tensor | None = None, variant: str = "weighted",
+                focal_gamma: float = 0.0) -> LossParts:
     """All terms of equation (2) for the maps that are present; mask and edge `(B, 1, H, W)` in [0, 1].
 
     The weight map is made once for all maps. Raises as `structure_loss` does.
     """
     weights = boundary_weights(mask)
-    terms = {name: structure_loss(logits, mask, weights, variant)
+    terms = {name: structure_loss(logits, mask, weights, variant, focal_gamma)
              for name, logits in _maps(outputs).items()}
     if outputs.edge is not None:
         terms["edge"] = edge_loss(outputs.edge, _need_edge(edge))
@@ -137,22 +144,22 @@ def infnet_loss(outputs: SideOutputs, mask: Tensor, edge: Tensor | None = None,
         raise GeometryError("the network gave no map", found="every field None", expected="at least s_3")
     return LossParts(total=sum(terms.values()), **terms)
 
-# %% ../nbs/05_losses.ipynb #cell-043
+# %% ../nbs/05_losses.ipynb #cell-047
 MAP_NAMES = ("s_g", "s_5", "s_4", "s_3")
 
-# %% ../nbs/05_losses.ipynb #cell-044
+# %% ../nbs/05_losses.ipynb #cell-048
 def _maps(parts: SideOutputs | LossParts) -> dict[str, Tensor]:
     """The infection maps (or their losses) that are present, by name, coarse to fine."""
     return {name: getattr(parts, name) for name in MAP_NAMES if getattr(parts, name) is not None}
 
-# %% ../nbs/05_losses.ipynb #cell-045
+# %% ../nbs/05_losses.ipynb #cell-049
 def _need_edge(edge: Tensor | None) -> Tensor:
     """The edge map, which is needed when the network predicts one."""
     if edge is None:
         raise MaskError("no edge map to compare with", expected="(B, 1, H, W)", fix="pass mask_edge(mask)")
     return edge
 
-# %% ../nbs/05_losses.ipynb #cell-049
+# %% ../nbs/05_losses.ipynb #cell-053
 def test_loss_sum(parts: LossParts) -> Tensor:
     """Sum of the losses of the infection maps, the edge left out: how the first draft logged Table I."""
     return torch.stack(list(_maps(parts).values())).sum()

@@ -18,7 +18,8 @@ from torch.nn import functional
 from .config import (CLASSES, ConfigError, GeometryError, IntensityError, LeakageError, MaskError,
                              check_choice)
 from .datasets import SliceSet, check_disjoint
-from .infnet import ConvBN, ResidualBlock, check_input, initialise_he, load_strict, resize_map
+from .infnet import ConvBN, ResidualBlock, check_input, initialise_he, resize_map
+from .losses import focal
 from .metrics import as_map, check_pairs, confusion, overlap
 
 if TYPE_CHECKING:  # for readers and editors: pandas is imported where a table is made
@@ -27,10 +28,10 @@ if TYPE_CHECKING:  # for readers and editors: pandas is imported where a table i
 # %% auto #0
 __all__ = ['N_CLASSES', 'FORMS', 'LOSS_KINDS', 'PRIOR_SOURCES', 'Predict', 'RECONSTRUCTED', 'check_labels', 'one_hot',
            'check_prior', 'DoubleConv', 'UpStep', 'Form', 'MultiClassOutputs', 'MultiClassUNet', 'MultiClassLoss',
-           'check_loss', 'smooth_background', 'focal', 'loss_map', 'weight_map', 'multiclass_loss', 'class_table',
+           'check_loss', 'smooth_background', 'loss_map', 'weight_map', 'multiclass_loss', 'class_table',
            'balanced_weights', 'fold_assignments', 'Priors', 'check_priors', 'out_of_fold_priors', 'predicted_priors',
            'training_priors', 'prior_tensor', 'classes_of', 'predict_logits', 'predict_classes', 'class_dice',
-           'dice_table', 'Reconstruction', 'ReconstructionUNet', 'TransferReport', 'transfer_weights']
+           'dice_table', 'Reconstruction', 'ReconstructionUNet']
 
 # %% ../nbs/07_multiclass.ipynb #cell-008
 N_CLASSES = len(CLASSES)
@@ -131,7 +132,7 @@ class Form(NamedTuple):
 
 
 FORMS = {"published": Form(), "improved": Form(inject=(2, 4)),
-         "small": Form((24, 48, 96, 128, 160), (128, 96, 48, 24), prior_channels=1, small=True, multiple=32)}
+         "small": Form((16, 32, 64, 128, 160), (128, 64, 32, 16), prior_channels=1, small=True, multiple=32)}
 
 
 class MultiClassOutputs(NamedTuple):
@@ -200,7 +201,7 @@ class MultiClassUNet(nn.Module):
         return features
 
     def features(self, image: Tensor, prior: Tensor) -> Tensor:
-        """What the last layer reads: `(B, 64, H, W)`, or `(B, 24, H/2, W/2)` in the small form."""
+        """What the last layer reads: `(B, 64, H, W)`, or `(B, 16, H/2, W/2)` in the small form."""
         *skips, x = self.encode(self.join(image, prior))
         for step, skip in zip(self.up, reversed(skips), strict=True):
             x = step(x, skip)
@@ -250,11 +251,6 @@ def smooth_background(target: Tensor, share: float, *, spread: bool) -> Tensor:
     background, infection = target[:, :1], target[:, 1:]
     infection = infection + spread * share / (N_CLASSES - 1) * background
     return torch.cat([(1 - share) * background, infection], dim=1)
-
-
-def focal(loss: Tensor, gamma: float, alpha: float = 1.0) -> Tensor:
-    """Focal form of un-reduced cross-entropies: alpha (1 - exp(-loss))^gamma loss. Lin et al. 2017."""
-    return alpha * (-torch.expm1(-loss)).clamp_min(0) ** gamma * loss if gamma else alpha * loss
 
 # %% ../nbs/07_multiclass.ipynb #cell-034
 def loss_map(logits: Tensor, labels: Tensor, loss: MultiClassLoss = MultiClassLoss()) -> Tensor:
@@ -569,38 +565,17 @@ class ReconstructionUNet(nn.Module):
     forward(image, prior), both erased `(B, 1, H, W)` in [0, 1], to `Reconstruction`. targets: "image",
     "prior" or both; ConfigError for others or none. Source: paper section IV.B and figure 2."""
 
+    own_layers = fresh_layers = ("head",)  # stays behind; is not loaded
+
     def __init__(self, network: MultiClassUNet, targets: Collection[str] = RECONSTRUCTED):
         super().__init__()
         if not targets:
             raise ConfigError("the pretext has nothing to reconstruct",
                               expected="targets: image, prior or both")
         self.targets = tuple(check_choice("reconstruction target", name, RECONSTRUCTED) for name in targets)
-        self.body = copy.deepcopy(network)
-        self.head = nn.Conv2d(network.head.in_channels, len(self.targets), 1).to(network.head.weight.device)
-        self.body.head = nn.Identity()
+        self.body, head = copy.deepcopy(network), network.head
+        self.body.head = nn.Conv2d(head.in_channels, len(self.targets), 1).to(head.weight.device)
 
     def forward(self, image: Tensor, prior: Tensor) -> Reconstruction:
-        planes = resize_map(self.head(self.body.features(image, prior)), image.shape[-2:])
+        planes = resize_map(self.body.head(self.body.features(image, prior)), image.shape[-2:])
         return Reconstruction(**dict(zip(self.targets, planes.split(1, dim=1), strict=True)))
-
-# %% ../nbs/07_multiclass.ipynb #cell-071
-class TransferReport(NamedTuple):
-    """Names of the tensors that went over and of those that stayed fresh, and how many values went over."""
-
-    transferred: list[str]
-    left_out: list[str]
-    n_values: int
-
-    def __str__(self) -> str:
-        return (f"{len(self.transferred)} tensors ({self.n_values:,} values) transferred; "
-                f"left out: {', '.join(self.left_out)}")
-
-
-def transfer_weights(pretext: ReconstructionUNet, network: MultiClassUNet) -> TransferReport:
-    """Load all of the pretext but its last layer into `network`, whose own last layer stays as it is.
-
-    CheckpointError, and an unchanged network, unless every tensor of the two bodies fits."""
-    body, own = pretext.body.state_dict(), network.state_dict()
-    kept = {name: value for name, value in own.items() if name.startswith("head.")}
-    load_strict(network, body | kept)
-    return TransferReport(sorted(body), sorted(kept), sum(value.numel() for value in body.values()))

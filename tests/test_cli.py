@@ -64,6 +64,7 @@ def test_bugs_are_not_hidden():
     (["reproduce", "--set", "learning_rat=1"], "did you mean 'learning_rate'?"),
     (["reproduce", "--set", "epochs"], "--set epochs=2"),
     (["reproduce", "--jobs", "0"], "at least 1"),
+    (["reproduce", "--force", "--confirm"], "leave one of them out"),
     (["reproduce", "--seed", "one"], "--seed"),
     (["render", "train_single"], "cannot be rendered"),
     (["render"], "covidsev reproduce --profile smoke"),

@@ -10,14 +10,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from covidsev import infnet
-from covidsev.coach import (Channels, CoachNet, InpaintingInfNet, LAST_LAYERS, Pretext, PretextConfig, RotationNet, check_images,
-                            coach_cells, coach_loss, coach_step, constrain, descend, draw_masks, erase, error_under, frozen,
-                            grey_gradient, hard_mask, linear_head, mask_entropy, mask_grid, network_step, normalised_grey, pretrain,
-                            pretrain_rotation, random_blocks, random_mask, rank_of_threshold, reconstruction_loss, region_mean,
-                            shuffled_batches, soft_mask, spread, transfer, turn, turn_accuracy, turned_batch)
+from covidsev.coach import (Channels, CoachNet, InpaintingInfNet, InpaintingNet, LAST_LAYERS, Pretext, PretextConfig, PretextResult,
+                            RotationNet, RotationPretext, check_images, coach_cells, coach_loss, coach_step, constrain, descend,
+                            draw_history, draw_masks, draw_pictures, epoch_order, erase, error_under, frozen, grey_gradient, grey_of,
+                            hard_mask, linear_head, mask_entropy, mask_grid, network_step, normalised_grey, random_blocks, random_mask,
+                            rank_of_threshold, reconstruction_loss, region_mean, soft_mask, spread, transfer, turn, turn_accuracy,
+                            turned_batch)
+from covidsev.comparators import build_network
 from covidsev.config import CheckpointError, ConfigError, GeometryError, IntensityError, NonFiniteError
 from covidsev.datasets import load_phantom, to_tensors
 from covidsev.infnet import BACKBONES, DecoderWidths, InfNet, SmallResNet, count_parameters
+from covidsev.multiclass import FORMS, MultiClassUNet
 
 SIDE = 64  # pixels: a grid of 4 x 4 cells, of which a hard mask keeps 11
 KEPT = 11
@@ -53,6 +56,14 @@ def seeded(seed: int = 0) -> torch.Generator:
 def build(variant: str = "linear", seed: int = 0) -> tuple[InpaintingInfNet, CoachNet]:
     torch.manual_seed(seed)
     return InpaintingInfNet("tiny", variant=variant), CoachNet("tiny")
+
+
+def play(network: nn.Module, images: torch.Tensor, config: PretextConfig, coach: CoachNet | None = None, **options) -> PretextResult:
+    """A game from beginning to end."""
+    game = Pretext(network, images, config, coach, **options)
+    while not game.done:
+        game.step()
+    return game.result()
 
 
 def state_of(module: nn.Module) -> dict:
@@ -442,6 +453,51 @@ def test_weights_with_nan_are_not_handed_over():
     assert equal(before, network.state_dict())
 
 
+@pytest.mark.parametrize("kind", FORMS)
+def test_the_multiclass_network_goes_the_same_way(kind):
+    torch.manual_seed(0)
+    pretext, network = MultiClassUNet(kind).with_reconstruction_head(), MultiClassUNet(kind)
+    head = network.head.weight.clone()
+    report = transfer(pretext, network)
+    own = network.state_dict()
+    assert report.fresh == report.left == ("head.weight", "head.bias")
+    assert sorted(report.loaded + report.fresh) == sorted(own) and torch.equal(network.head.weight, head)
+    assert all(torch.equal(own[name], pretext.body.state_dict()[name]) for name in report.loaded)
+    assert report.values == sum(own[name].numel() for name in report.loaded) and "head 2" in str(report)
+
+
+def test_multiclass_forms_are_not_mixed():
+    network = MultiClassUNet("small")
+    before = state_of(network)
+    with torch.device("meta"):
+        pretext = MultiClassUNet("published").with_reconstruction_head()
+    with pytest.raises(CheckpointError, match="another network"):
+        transfer(pretext, network)
+    assert equal(before, network.state_dict())
+
+
+@pytest.mark.parametrize("model", ["unet", "segnet"])
+def test_comparators_inpaint_and_hand_over_all_but_their_head(model, slices):
+    torch.manual_seed(0)
+    network = build_network(model, "small")
+    before, pretext = state_of(network), InpaintingNet(network)
+    play(pretext, slices[:4], PretextConfig(masks="random", warmup_epochs=1, rounds=0, batch_size=4))
+    assert equal(before, network.state_dict())  # the pretext has a copy
+    report = transfer(pretext, network)
+    after = network.state_dict()
+    assert set(report.fresh) == {"head.weight", "head.bias"} and set(report.loaded) == set(after) - set(report.fresh)
+    assert all(torch.equal(after[name], before[name]) for name in report.fresh)
+    assert all(torch.equal(after[name], pretext.body.state_dict()[name]) for name in report.loaded)
+    weights = [name for name, _ in network.named_parameters() if name not in report.fresh]
+    assert all(not torch.equal(after[name], before[name]) for name in weights)  # all of them had learnt
+
+
+def test_a_network_without_one_head_is_refused():
+    for network in (InfNet("tiny"), nn.Conv2d(1, 1, 1)):
+        with pytest.raises(ConfigError, match="cannot inpaint"):
+            InpaintingNet(network)
+
+
 # the game
 
 GAME = PretextConfig(warmup_epochs=12, rounds=2, coach_epochs=3, network_epochs=1, learning_rate=5e-3, coach_learning_rate=5e-3,
@@ -451,7 +507,7 @@ GAME = PretextConfig(warmup_epochs=12, rounds=2, coach_epochs=3, network_epochs=
 @pytest.fixture(scope="module")
 def played(slices, tiny):
     network, coach = build()
-    return network, coach, pretrain(network, slices, GAME, coach)
+    return network, coach, play(network, slices, GAME, coach)
 
 
 def test_masks_of_the_coach_become_harder_than_random_ones(played):
@@ -502,7 +558,7 @@ def test_two_runs_are_the_same_and_leave_the_global_generator_alone(slices, opti
         network, coach = build()
         torch.manual_seed(len(results))  # whatever the caller has drawn before
         state = torch.get_rng_state()
-        results.append(pretrain(network, slices, config, coach if config.masks == "coach" else None))
+        results.append(play(network, slices, config, coach if config.masks == "coach" else None))
         assert torch.equal(state, torch.get_rng_state())
     first, second = results
     assert first.history.equals(second.history) and equal(first.network_state, second.network_state)
@@ -510,21 +566,76 @@ def test_two_runs_are_the_same_and_leave_the_global_generator_alone(slices, opti
     assert first.coach_state is None or equal(first.coach_state, second.coach_state)
 
 
+RESUMED = {"coach": {"masks": "coach", "random_share": 0.5}, "random": {"masks": "random"}, "blocks": {"masks": "blocks", "block_side": 8},
+           "variational": {"masks": "coach", "kl_weight": 1e-6}}
+
+
+@pytest.mark.parametrize("options, after", [("coach", 1), ("coach", 5), ("random", 2), ("blocks", 3), ("variational", 3)])
+def test_a_run_can_stop_after_any_batch_and_go_on_with_the_same_bits(slices, options, after):
+    config = PretextConfig(warmup_epochs=1, rounds=1, network_epochs=1, batch_size=4, augment="strong", seed=2, **RESUMED[options])
+
+    def new(seed: int) -> Pretext:
+        torch.manual_seed(seed)
+        coach = CoachNet("tiny", variational=options == "variational", latent=4) if config.masks == "coach" else None
+        return Pretext(InpaintingInfNet("tiny"), slices[:8], config, coach, watched=slices[:2])
+
+    whole, stopped, other = new(0), new(0), new(1)
+    while not whole.done:
+        whole.step()
+    for _ in range(after):  # in the middle of an epoch, or at its end; two batches each
+        stopped.step()
+    kept = copy.deepcopy(stopped.state())
+    other.restore(kept)
+    stopped.step()  # whatever the first one does afterwards
+    while not other.done:
+        other.step()
+    first, second = whole.result(), other.result()
+    assert first.history.equals(second.history) and torch.equal(first.masks, second.masks)
+    assert equal(first.network_state, second.network_state)
+    assert first.coach_state is None or equal(first.coach_state, second.coach_state)
+    assert list(first.pictures) == list(second.pictures) and all(torch.equal(first.pictures[k], second.pictures[k]) for k in first.pictures)
+
+
+def test_the_state_of_another_network_is_refused(slices):
+    game = Pretext(build()[0], slices, PretextConfig(masks="random"), watched=slices[:2])
+    state = game.state()
+    other = Pretext(InpaintingInfNet("tiny", variant="as_published"), slices, PretextConfig(masks="random"), watched=slices[:2])
+    before = state_of(other.network)
+    with pytest.raises(CheckpointError, match="another network"):
+        other.restore(state)
+    assert equal(before, other.network.state_dict())
+
+
+def test_pictures_are_kept_at_the_end_of_each_phase(played, slices):
+    import matplotlib.pyplot as plt
+
+    result = played[2]
+    assert sorted(result.pictures) == [11, 14, 15, 18, 19]
+    assert all(picture.shape == (8, 1, SIDE, SIDE) and picture.dtype == torch.uint8 for picture in result.pictures.values())
+    mask = spread(result.masks[19].float(), (SIDE, SIDE))
+    x = slices[:8].float() / 255
+    with torch.no_grad(), frozen(played[0]):
+        again = grey_of(played[0](erase(x, mask)).s_3)
+    assert torch.equal((255 * again).round().to(torch.uint8), result.pictures[19])
+    figures = draw_pictures(result, slices[:8], 3), draw_history(result.history)
+    assert [len(figure.axes) for figure in figures] == [10, 2]
+    plt.close("all")
+
+
 def test_another_seed_is_another_run(slices):
-    losses = [pretrain(build()[0], slices, PretextConfig(warmup_epochs=1, rounds=0, masks="random", seed=seed)).history.loss[0]
+    losses = [play(build()[0], slices, PretextConfig(warmup_epochs=1, rounds=0, masks="random", seed=seed)).history.loss[0]
               for seed in (0, 1)]
     assert losses[0] != losses[1]
 
 
 def test_the_later_rate_applies_after_the_warm_up(slices):
     network, _ = build()
-    run = Pretext(network, None, slices, slices[:2], PretextConfig(masks="random", learning_rate=0.01, later_rate=0.3),
-                  torch.device("cpu"))
-    rates = []
-    for phase in ("warm-up", "network"):
-        run.epoch(phase)
-        rates.append(run.optimiser.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.01, 0.003])
+    config = PretextConfig(masks="random", learning_rate=0.01, later_rate=0.3, warmup_epochs=1, rounds=1, network_epochs=1, batch_size=16)
+    game, rates = Pretext(network, slices, config, watched=slices[:2]), []
+    for _ in range(2):
+        game.step()
+        rates.append(game.optimisers["network"].param_groups[0]["lr"])
+    assert game.done and rates == pytest.approx([0.01, 0.003])
 
 
 def test_random_share_mixes_masks(slices):
@@ -533,7 +644,7 @@ def test_random_share_mixes_masks(slices):
     own = spread(coach_cells(coach, x, 0.75), x.shape[-2:])
     shares = {}
     for share in (0.0, 0.5, 1.0):
-        run = Pretext(network, coach, slices, slices[:2], PretextConfig(random_share=share), torch.device("cpu"))
+        run = Pretext(network, slices, PretextConfig(random_share=share), coach, watched=slices[:2])
         shares[share] = sum(torch.equal(run.masks(x, "network"), own) for _ in range(20))
         assert not torch.equal(run.masks(x, "warm-up"), own)
     assert shares[0.0] == 20 and 2 < shares[0.5] < 18 and shares[1.0] == 0
@@ -541,14 +652,14 @@ def test_random_share_mixes_masks(slices):
 
 def test_images_are_not_changed(slices):
     before = slices.clone()
-    pretrain(*(build()[0], slices, PretextConfig(warmup_epochs=1, rounds=0, masks="random", augment="strong")))
+    play(*(build()[0], slices, PretextConfig(warmup_epochs=1, rounds=0, masks="random", augment="strong")))
     assert torch.equal(before, slices)
 
 
 def test_no_epochs_change_nothing(slices):
     network, coach = build()
     before = state_of(network)
-    result = pretrain(network, slices, PretextConfig(warmup_epochs=0, rounds=0), coach)
+    result = play(network, slices, PretextConfig(warmup_epochs=0, rounds=0), coach)
     assert equal(before, result.network_state) and len(result.history) == 0
 
 
@@ -559,16 +670,16 @@ def test_no_epochs_change_nothing(slices):
     (torch.zeros(4, 64, 64, dtype=torch.uint8), GeometryError, "stack of slices"),
     (torch.zeros(4, 1, 64, 70, dtype=torch.uint8), GeometryError, "resize to 64 x 64"),
     (torch.zeros(3, 1, 64, 64, dtype=torch.uint8), ConfigError, "set batch_size to 3 or less"),
-    (torch.zeros(0, 1, 64, 64, dtype=torch.uint8), ConfigError, "fewer images than one batch"),
+    (torch.zeros(0, 1, 64, 64, dtype=torch.uint8), ConfigError, "fewer images than batch_size"),
     (torch.full((4, 1, 64, 64), math.nan), IntensityError, "8-bit"),
 ])
 def test_images_that_cannot_be_used(images, error, message):
     network, coach = build()
     before = state_of(network)
     with pytest.raises(error, match=message):
-        pretrain(network, images, PretextConfig(batch_size=4), coach)
+        play(network, images, PretextConfig(batch_size=4), coach)
     with pytest.raises(error, match=message):
-        pretrain_rotation(RotationNet("tiny"), images, epochs=1, batch_size=4)
+        RotationPretext(RotationNet("tiny"), images, PretextConfig(masks="none", batch_size=4))
     assert equal(before, network.state_dict())
 
 
@@ -584,19 +695,19 @@ def test_settings_that_cannot_work(options):
 def test_coach_and_masks_must_fit(slices, masks, given_coach):
     network, coach = build()
     with pytest.raises(ConfigError, match="coach and masks do not fit"):
-        pretrain(network, slices, PretextConfig(masks=masks), coach if given_coach else None)
+        play(network, slices, PretextConfig(masks=masks), coach if given_coach else None)
 
 
 def test_blocks_larger_than_the_image(slices):
     with pytest.raises(GeometryError, match="1 to 64 pixels"):
-        pretrain(build()[0], slices, PretextConfig(masks="blocks", block_side=65, warmup_epochs=1))
+        play(build()[0], slices, PretextConfig(masks="blocks", block_side=65, warmup_epochs=1))
 
 
 def test_a_missing_gpu_is_named(slices):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match="device"):
-        pretrain(build()[0], slices, PretextConfig(masks="random"), device="cuda")
+        play(build()[0], slices, PretextConfig(masks="random"), device="cuda")
 
 
 @pytest.mark.parametrize("who", ["network", "coach"])
@@ -606,8 +717,8 @@ def test_nan_stops_the_run_before_a_step(slices, who):
     next(broken.parameters()).data[0] = math.nan
     weights = [weight.clone() for weight in network.parameters()]
     config = PretextConfig(warmup_epochs=1 if who == "network" else 0, rounds=1)
-    with pytest.raises(NonFiniteError):
-        pretrain(network, slices, config, coach)
+    with pytest.raises(NonFiniteError, match=r"epoch 0 \((warm-up|coach)\), batch 0, slices first\d"):
+        play(network, slices, config, coach, ids=[f"first{k}" for k in range(16)])
     assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(weights, network.parameters(), strict=True))
 
 
@@ -619,11 +730,29 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     assert torch.equal(before, layer.weight)
 
 
-def test_batches_are_equal_and_leave_the_rest_out(slices):
-    batches = list(shuffled_batches(slices[:11], 4, seeded()))
-    assert [len(batch) for batch in batches] == [4, 4] and batches[0].dtype == torch.float32
-    again = list(shuffled_batches(slices[:11], 4, seeded()))
-    assert all(torch.equal(a, b) for a, b in zip(batches, again))
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(0, 40))
+def test_an_epoch_holds_whole_batches_of_different_images(count, batch, wanted):
+    order = epoch_order(count, batch, seeded(), wanted if wanted <= count else 0)
+    seen = order.flatten().tolist()
+    assert order.shape == (((wanted if 0 < wanted <= count else count) // batch), batch)
+    assert len(set(seen)) == len(seen) and set(seen) <= set(range(count))
+
+
+def test_two_pools_give_equal_steps_and_the_larger_one_is_seen_over_the_epochs(slices):
+    counts, used = {}, set()
+    for name, images in (("few", slices[:8]), ("many", slices)):
+        config = PretextConfig(masks="random", warmup_epochs=3, rounds=1, network_epochs=1, batch_size=4, images_per_epoch=8)
+        game, counts[name] = Pretext(build()[0], images, config, watched=slices[:1]), 0
+        while not game.done:
+            game.step()
+            counts[name] += 1
+            used |= set(game.order.flatten().long().tolist()) if name == "many" else set()
+    assert counts["few"] == counts["many"] == 2 * 4 and len(used) > 8  # drawn afresh in each epoch
+
+
+def test_images_per_epoch_cannot_be_more_than_there_are(slices):
+    with pytest.raises(ConfigError, match="set images_per_epoch to 16 or less"):
+        Pretext(build()[0], slices, PretextConfig(masks="random", images_per_epoch=17))
     check_images(slices, 16)
 
 
@@ -662,22 +791,48 @@ def test_two_channels_play_the_same_game(slices):
     torch.manual_seed(0)
     network, coach = Channels(Both()), CoachNet("tiny")
     two = torch.cat([slices, 255 - slices], dim=1)
-    result = pretrain(network, two, PretextConfig(warmup_epochs=4, rounds=1, learning_rate=0.05), coach)
+    result = play(network, two, PretextConfig(warmup_epochs=4, rounds=1, learning_rate=0.05), coach)
+    assert all(picture.shape == (8, 1, SIDE, SIDE) for picture in result.pictures.values())
     assert result.history.rec_random.iloc[-1] < 0.95 * result.history.rec_random.iloc[0]  # one convolution fills little
     assert (result.masks.sum(dim=(2, 3, 4)) == KEPT).all()
 
 
 def test_the_multiclass_network_plays_too(slices):
-    multiclass = pytest.importorskip("covidsev.multiclass")
     torch.manual_seed(0)
-    network = Channels(multiclass.MultiClassUNet("small").with_reconstruction_head())
+    network = Channels(MultiClassUNet("small").with_reconstruction_head())
     two = torch.cat([slices, slices // 2], dim=1)[:4]
     config = PretextConfig(warmup_epochs=2, rounds=0, batch_size=4, masks="random")
-    assert pretrain(network, two, config).history.loss.is_monotonic_decreasing
+    assert play(network, two, config).history.loss.is_monotonic_decreasing
     assert set(network.errors(network(two / 255.0), two / 255.0)) == {"image", "prior"}
 
 
 # rotation
+
+def turned(network: RotationNet, images: torch.Tensor, **options) -> RotationPretext:
+    """Four epochs of the rotation pretext."""
+    config = PretextConfig(masks="none", warmup_epochs=4, rounds=0, batch_size=4, learning_rate=3e-3, **options)
+    game = RotationPretext(network, images, config)
+    while not game.done:
+        game.step()
+    return game
+
+
+def test_rotation_counts_its_steps_like_inpainting(slices):
+    torch.manual_seed(0)
+    game = turned(RotationNet("tiny"), slices, images_per_epoch=8)
+    history = game.result().history
+    assert history.phase.tolist() == ["warm-up"] * 4 and history[["erased", "rec_random", "rec_coach"]].isna().all(axis=None)
+    assert list(history.columns) == [*Pretext.columns, "accuracy"]
+
+
+@pytest.mark.parametrize("options", [{"masks": "random"}, {"masks": "coach"}, {"masks": "none", "augment": "paper"}])
+def test_rotation_refuses_masks_and_flips(slices, options):
+    with pytest.raises(ConfigError, match="rotation erases nothing"):
+        RotationPretext(RotationNet("tiny"), slices, PretextConfig(**options))
+    if options["masks"] == "none":
+        with pytest.raises(ConfigError, match="inpainting needs masks"):
+            Pretext(build()[0], slices, PretextConfig(masks="none"))
+
 
 @given(st.integers(0, 3), st.integers(0, 3))
 def test_turns_add_up_exactly(one, other):
@@ -699,7 +854,7 @@ def test_rotation_learns_repeats_and_hands_over_its_backbone(slices):
     for _ in range(2):
         torch.manual_seed(0)
         network = RotationNet("tiny", turns=(0, 1, 2, 3))
-        tables.append(pretrain_rotation(network, slices, epochs=4, batch_size=4, learning_rate=3e-3))
+        tables.append(turned(network, slices).result().history)
     assert tables[0].equals(tables[1]) and tables[0].loss.iloc[-1] < tables[0].loss.iloc[0]
     assert tables[0].accuracy.iloc[-1] == pytest.approx(turn_accuracy(network, slices[:8].float() / 255))
     target = InfNet("tiny")

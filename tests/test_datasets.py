@@ -16,16 +16,21 @@ from PIL import Image
 from covidsev.config import (ConfigError, DataMissingError, GeometryError, IntensityError, LeakageError,
                              MaskError,
                              ReadError, data_root)
-from covidsev.datasets import (KNOWN_SHARED_GROUPS, SCAN_GROUPS, SliceSet, carve, check_covid_semiseg,
+from covidsev.datasets import (KNOWN_SHARED_GROUPS, LABELLED_PEAKS, SCAN_GROUPS, ScanRule, SliceSet, carve,
+                               check_covid_semiseg,
                                check_disjoint,
-                               domain_shift, find_covid_semiseg, for_display, grey_profile,
+                               domain_shift, find_covid_semiseg, for_display, grey_peaks, grey_profile,
+                               harmonise,
                                load_covid_semiseg,
                                load_phantom, load_priors, load_splits, load_unlabelled, mask_edge,
-                               pair_by_stem,
-                               palette_picture, prior_is_ground_truth, read_image, read_labels, read_map,
+                               nested_subset, pair_by_stem,
+                               palette_picture, phantom_pool, phantom_pseudo_labels, pool_tensors,
+                               prior_is_ground_truth,
+                               pseudo_label_tensors, read_image, read_labels, read_map,
                                read_mask,
                                read_pseudo_label, resize_image, resize_labels, scan_group, scan_of_name,
-                               shares_scan_with_train, to_tensors, write_covid_semiseg)
+                               scan_rule, shares_scan_with_train, spread_over_scans, to_tensors,
+                               write_covid_semiseg)
 
 LABELS = np.random.default_rng(0).choice(3, (48, 40), p=[0.7, 0.2, 0.1]).astype(np.uint8)
 GREY = np.random.default_rng(1).integers(0, 256, (48, 40), dtype=np.uint8)
@@ -540,9 +545,172 @@ def test_tensors_hold_all_slices_once(tmp_path):
     assert_array_equal(for_display(GREY, "real"), GREY.T)
 
 
+# --- subsets, and the unlabelled pool ---------------------------------------------------------------------
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 45), st.integers(0, 10**6), st.data())
+def test_subsets_are_nested_whatever_the_sizes(count, seed, data):
+    whole = slices([str(k) for k in range(count)], seed=seed)
+    large = data.draw(st.integers(1, count))
+    small = data.draw(st.integers(1, large))
+    chosen = nested_subset(whole, large, seed)
+    assert set(nested_subset(whole, small, seed)) <= set(chosen) and len(set(chosen)) == large
+    assert chosen == sorted(chosen) and nested_subset(whole, count, seed) == list(range(count))
+    for n in (0, -1, count + 1):
+        with pytest.raises(ConfigError, match="training slices"):
+            nested_subset(whole, n, seed)
+
+
+def test_no_limit_means_all_training_slices_in_their_order(tmp_path):
+    root, train, _ = tree(tmp_path)
+    splits = load_splits("covid-semiseg", root=root, val_slices=0)
+    assert splits.train.ids == ["0", "1", "2", "10"] and len(splits.val) == 0
+    assert [tuple(part.shape) for part in to_tensors(splits.val, 64)] == [(0, 1, 64, 64)] * 2
+    fewer = [load_splits("covid-semiseg", root=root, val_slices=0, n_train=n).train.ids for n in (1, 2, 3)]
+    assert set(fewer[0]) < set(fewer[1]) < set(fewer[2]) < set(splits.train.ids)
+    for data, n in (("covid-semiseg", 5), ("covid-semiseg", 0), ("phantom", 0), ("phantom", -2)):
+        with pytest.raises(ConfigError, match=f"n_train = {n}"):
+            load_splits(data, root=root, val_slices=0, n_train=n, size=64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(0, 99), st.data())
+def test_a_sample_of_the_pool_is_spread_evenly(numbers, seed, data):
+    scans = [str(number) for number in sorted(numbers)]
+    n = data.draw(st.integers(0, len(scans)))
+    chosen = spread_over_scans(scans, n, seed)
+    assert len(chosen) == len(set(chosen)) == (n or len(scans)) and chosen == sorted(chosen)
+    counts = {scan: sum(scans[k] == scan for k in chosen) for scan in set(scans)}
+    for scan, count in counts.items():  # nobody has two fewer than another, unless it has no more
+        assert count == scans.count(scan) or count >= max(counts.values()) - 1
+    with pytest.raises(ConfigError, match="unlabelled slices"):
+        spread_over_scans(scans, len(scans) + 1, seed)
+    with pytest.raises(ConfigError, match="unlabelled slices"):
+        spread_over_scans(scans, -1, seed)
+
+
+def chest(size=64, spine="right", level=LABELLED_PEAKS):
+    """A drawing: lungs, soft tissue, and a bright spine at one side."""
+    lung, tissue = level
+    picture = np.full((size, size), tissue, np.uint8)
+    picture[8:-8, 8:-14], picture[size // 2 - 6:size // 2 + 6, -8:] = lung, 255
+    return picture if spine == "right" else np.ascontiguousarray(picture[:, ::-1])
+
+
+def make_pool(tmp_path, per_scan=3):
+    """Two scans in the layout of the pool: one dark with the spine at the left, one as the labelled ones."""
+    root, _, _ = tree(tmp_path)
+    part = root / "TrainingSet/LungInfection-Train/Pseudo-label"
+    names = {"Data-1_coronacases_org_003_{}": chest(spine="left", level=(14, 98)),
+             "Data-1_radiopaedia_org_covid-19-pneumonia-36_86526_0-dcm_{}": chest()}
+    for folder in ("Imgs", "GT"):
+        (part / folder).mkdir(parents=True)
+    for name, picture in names.items():
+        for number in range(per_scan):
+            save(part / "Imgs" / f"{name.format(number)}.png", picture)
+            soft = np.where(picture == 255, 128, 127).astype(np.uint8)
+            save(part / "GT" / f"{name.format(number)}.png", soft)
+    return root, part
+
+
+def test_the_pool_comes_out_like_the_labelled_slices(tmp_path):
+    pool = load_unlabelled(make_pool(tmp_path)[0])
+    images, ids = pool_tensors(pool, 64)
+    assert ids == pool.ids and tuple(images.shape) == (6, 1, 64, 64)
+    wanted, found = chest(), images[:, 0].numpy()
+    assert (found[3:] == wanted).all()  # bright, spine at the right: as it was
+    flat = wanted != 255
+    assert np.abs(found[:3].astype(int) - wanted)[:, flat].max() <= 1 and not (found[:3, ~flat] < 250).any()
+
+
+def test_labels_of_the_pool_are_mirrored_with_their_image_and_cut_at_128(tmp_path):
+    pool = load_unlabelled(make_pool(tmp_path)[0])
+    images, labels, ids = pseudo_label_tensors(pool, 64, n=4, seed=2)
+    assert set(labels.unique().tolist()) == {0, 1} and str(labels.dtype) == "torch.uint8" and len(ids) == 4
+    assert ((images == 255) == (labels == 1)).all()  # 128 is infection, 127 is not
+    assert (pool_tensors(pool, 64, n=4, seed=2)[0] == images).all()
+
+
+def test_a_rule_is_undecided_between_the_votes_and_bright_scans_keep_their_window():
+    left, right = chest(spine="left"), chest()
+    assert scan_rule([left, left, left, right]) == ScanRule(False, None)  # three quarters are not more
+    assert scan_rule([left] * 4 + [right]) == ScanRule(True, None)
+    dark = chest(level=(14, 98))
+    rule = scan_rule([dark])
+    assert rule.peaks is not None and harmonise(np.array([[14, 98]], np.uint8), rule).tolist() == [
+        list(LABELLED_PEAKS)]
+    with pytest.raises(IntensityError, match="one grey value"):
+        scan_rule([np.full((40, 40), 7, np.uint8)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrays(np.uint8, st.tuples(st.integers(32, 40), st.integers(32, 40))), st.booleans())
+def test_harmonising_keeps_shape_type_and_the_order_of_greys(picture, mirrored):
+    histogram = np.bincount(picture.ravel(), minlength=256)
+    if len(np.unique(picture)) < 2:
+        return
+    lung, tissue = grey_peaks(histogram)
+    assert lung < tissue
+    out = harmonise(picture, ScanRule(mirrored, (lung, tissue)))
+    assert out.shape == picture.shape and out.dtype == np.uint8
+    order = np.argsort(picture.ravel(), kind="stable")
+    out = out[:, ::-1] if mirrored else out
+    assert (np.diff(out.ravel()[order].astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("fault, error, words", [
+    ("no maps", DataMissingError, "no pseudo labels"),
+    ("stray", MaskError, "_0 has no mask; stray has no image"),
+    ("double", MaskError, "_0 is there 2 times"), ("shape", GeometryError, "differ in shape"),
+    ("damaged", ReadError, "not a picture"), ("sixteen bits", ReadError, "16-bit")])
+def test_pseudo_labels_that_cannot_be_used_are_named(tmp_path, fault, error, words):
+    root, part = make_pool(tmp_path)
+    first = part / "GT" / "Data-1_coronacases_org_003_0.png"
+    if fault == "no maps":
+        (part / "GT").rename(part / "Maps")
+    if fault == "stray":
+        first.rename(first.with_name("stray.png"))
+    if fault == "double":
+        save(first.with_suffix(".jpg"), chest())
+    if fault == "shape":
+        save(first, chest(96))
+    if fault == "damaged":
+        first.write_bytes(b"<html>")
+    if fault == "sixteen bits":
+        save(first, np.zeros((64, 64), np.uint16))
+    with pytest.raises(error, match=words):
+        pseudo_label_tensors(load_unlabelled(root), 64)
+    assert len(pool_tensors(load_unlabelled(root), 64)[1]) == 6  # the images need no maps
+
+
+def test_a_damaged_slice_of_the_pool_is_named_and_an_empty_pool_is_no_pool(tmp_path):
+    root, part = make_pool(tmp_path)
+    bad = part / "Imgs" / "Data-1_coronacases_org_003_1.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    with pytest.raises(ReadError, match="003_1"):
+        pool_tensors(load_unlabelled(root), 64)
+    for path in (part / "Imgs").iterdir():
+        path.unlink()
+    with pytest.raises(ConfigError, match="a pool with slices"):
+        pool_tensors(load_unlabelled(root), 64)
+
+
+def test_the_phantom_pool_is_repeatable_and_of_other_patients():
+    images, ids = phantom_pool(6, 64, seed=1)
+    same, labels, names = phantom_pseudo_labels(6, 64, seed=1)
+    assert (images == same).all() and ids == names and set(labels.unique().tolist()) == {0, 1}
+    assert not (images == phantom_pool(6, 64, seed=2)[0]).flatten(1).all(1).any()
+    truth = (to_tensors(load_phantom("pool", 6, 64, 1), 64)[1] > 0).numpy()
+    moved = np.roll(labels.numpy() > 0, (-2, -2), (2, 3))
+    assert_array_equal(moved, truth)
+    splits = load_splits("phantom", size=64, n_train=6, n_test=6, val_slices=6, split_seed=1)
+    check_disjoint(pool=load_phantom("pool", 6, 64, 1), **splits._asdict())
+
+
 # --- the real data ----------------------------------------------------------------------------------------
 
 REAL = data_root() and data_root() / "covid-semiseg"
+HASHES = ["2cbc09befbee6ba6", "da3134af09142a38", "e186c547697062b1"]  # split seed 0, 10 validation slices
 needs_real = pytest.mark.skipif(not REAL or not (REAL / "Dataset").is_dir(), reason="no real data")
 
 
@@ -645,6 +813,44 @@ def test_real_pseudo_labels_are_probabilities_with_a_small_median_area():
     assert 0.010 < np.median([(each > 127 / 255).mean() for each in maps]) < 0.020
     with pytest.raises(MaskError):
         read_mask(paths[0])
+
+
+@needs_real
+def test_real_pool_is_made_like_the_labelled_slices(profile):
+    """Ten scans are mirrored and their greys moved, towards the labelled mean (137); ten stay as they are."""
+    pool = load_unlabelled(REAL)
+    images, labels, ids = pseudo_label_tensors(pool, 64, n=200)
+    scans = [scan_of_name(name)[0] for name in ids]
+    assert len(set(scans)) == 20 and {scans.count(scan) for scan in set(scans)} == {10}
+    dark = np.array([scan.startswith("coronacases") for scan in scans])
+    means = images.float().mean((1, 2, 3)).numpy()
+    assert 128 < means[dark].mean() < 136 and 140 < means[~dark].mean() < 149
+    assert 0.03 < (labels > 0).float().mean() < 0.06
+    chosen = spread_over_scans(pool.scans, 200, 0)
+    for k, is_dark, image in zip(chosen, dark, images[:, 0].numpy(), strict=True):
+        stored = resize_image(pool.image(k), 64)
+        if is_dark:
+            forth, back = (np.corrcoef(each.ravel(), image.ravel())[0, 1]
+                           for each in (stored[:, ::-1], stored))
+            assert forth > 0.9 > back
+        else:
+            assert_array_equal(image, stored)
+
+
+@needs_real
+@pytest.mark.parametrize("n", [10, 20, 30])
+def test_real_subsets_are_nested_and_have_the_infected_share_of_the_whole(n):
+    whole, part, more = (load_splits("covid-semiseg", root=REAL, n_train=k).train for k in (None, n, n + 5))
+    assert set(part.ids) < set(more.ids) <= set(whole.ids) and len(part) == n
+    share = [np.mean([each.infection(k).mean() for k in range(len(each))]) for each in (part, whole)]
+    assert abs(share[0] - share[1]) < 0.02
+
+
+@needs_real
+def test_real_splits_are_the_ones_that_published_runs_used():
+    splits = load_splits("covid-semiseg", root=REAL)
+    assert [part.content_hash()[:16] for part in splits] == HASHES
+    assert len(load_splits("covid-semiseg", root=REAL, val_slices=0).train) == 50
 
 
 @needs_real

@@ -1,4 +1,5 @@
 """Faults of the notebook runner, with real kernels: rows 46 to 51, 61 and 68 of the fault matrix, and the registry itself."""
+import json
 import os
 import signal
 import subprocess
@@ -6,15 +7,18 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from papermill import PapermillExecutionError
 
 from covidsev import experiments
 from covidsev.config import ConfigError, DataMissingError, NotebookError, RunLockedError, repo_root
-from covidsev.experiments import Places, Run, load_registry, lint_notebook, notebook_parameters, run_notebook
-from covidsev.provenance import read_json, run_lock
+from covidsev.experiments import (Places, Run, check_manifest, lint_notebook, load_registry, notebook_parameters, plan_runs,
+                                  run_notebook)
+from covidsev.provenance import cache_key, read_json, run_lock
 
 SETTINGS = 'profile = "smoke"\nrow = "a"\nseed = 0\nepochs = 3\noutput = ""'
 WORK = """
@@ -241,6 +245,344 @@ def test_child_that_dies_is_an_error_and_not_a_hang(tmp_path, monkeypatch):
     finished = experiments.run_all(experiments.examine([run], places), places, 2, "", lambda *_: None)
     assert isinstance(finished[run.name], NotebookError) and "exit status -9" in str(finished[run.name])
     assert time.monotonic() - started < 30
+
+
+TOY = """
+[profiles.smoke]
+title = "toy"
+seeds = [0, 1]
+rows.train = ["plain", "started", "loop"]
+rows.pretext = ["coach", "random"]
+rows.priors = ["fold"]
+[experiments.table]
+title = "Table"
+notebook = "table.ipynb"
+kind = "render"
+needs = ["train"]
+[experiments.picture]
+title = "Picture"
+notebook = "table.ipynb"
+kind = "render"
+needs = ["pretext/coach", "priors/fold@0"]
+[experiments.train]
+title = "Train"
+notebook = "work.ipynb"
+kind = "compute"
+outputs = ["metrics.csv"]
+[experiments.train.rows.plain]
+title = "Plain"
+parameters = { row = "plain" }
+[experiments.train.rows.started]
+title = "Started"
+parameters = { start = "pretext/coach" }
+needs = ["pretext/coach", "priors/fold@0"]
+[experiments.train.rows.loop]
+title = "Loop"
+parameters = { start = "labels/loop" }
+needs = ["labels/loop"]
+[experiments.train.rows.spare]
+title = "Named in no profile"
+parameters = {}
+needs = ["pretext/spare"]
+[experiments.pretext]
+title = "Pretext"
+notebook = "pretext.ipynb"
+kind = "compute"
+outputs = ["metrics.csv"]
+keeps = ["start.pt"]
+[experiments.pretext.rows.coach]
+title = "Coach"
+parameters = {}
+[experiments.pretext.rows.random]
+title = "Random"
+parameters = {}
+[experiments.pretext.rows.spare]
+title = "Spare"
+parameters = {}
+[experiments.labels]
+title = "Labels"
+notebook = "work.ipynb"
+kind = "compute"
+outputs = ["metrics.csv"]
+[experiments.labels.rows.loop]
+title = "Loop"
+parameters = {}
+needs = ["train/plain"]
+[experiments.priors]
+title = "Priors"
+notebook = "work.ipynb"
+kind = "compute"
+outputs = ["metrics.csv"]
+[experiments.priors.rows.fold]
+title = "Folds"
+parameters = {}
+"""
+TRAIN = 'profile = "smoke"\nrow = "a"\nseed = 0\nepochs = 3\nstart = ""\noutput = ""\ncheckpoints = ""'
+RECORD = """
+import json, pathlib
+out, kept = pathlib.Path(output), pathlib.Path(checkpoints)
+kept.mkdir(parents=True, exist_ok=True)
+said = {"profile": profile, "row": row, "seed": seed, "epochs": epochs, "start": start}
+(out / "run.json").write_text(json.dumps({"parameters": said, "commit": "abc"}))
+(out / "metrics.csv").write_text(f"{row} {seed} {epochs ** 2}")
+"""
+KEEP = "(kept / 'start.pt').write_text(f'weights {seed}')\n(kept / 'last.pt').write_text('state')"
+
+
+class InThisProcess:
+    """Stands in for `Child`: the same run, at once and here."""
+
+    process = SimpleNamespace(poll=lambda: 0)
+
+    def __init__(self, planned, places, data, progress_bar=False):
+        try:
+            self.answer = run_notebook(planned.run, places, planned.parts, data)
+        except NotebookError as error:
+            self.answer = error
+
+    def result(self):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def without_kernel(notebook, executed, parameters, progress_bar):
+    """Stands in for papermill where a test is about plans and keys: a kernel takes seconds to start."""
+    content, names = nbformat.read(notebook, 4), {}
+    for number, cell in enumerate(content.cells):
+        try:
+            exec(cell.source, names)
+        except Exception as error:
+            raise PapermillExecutionError(number, number, cell.source, type(error).__name__, str(error), []) from None
+        names.update(parameters if number == 0 else {})
+        cell.execution_count = number + 1
+    nbformat.write(content, executed)
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    """A registry with needs of all kinds, and its small notebooks, to edit."""
+    monkeypatch.setattr(experiments, "Child", InThisProcess)
+    monkeypatch.setattr(experiments, "_papermill", without_kernel)
+    write_notebook(tmp_path / "work.ipynb", TRAIN, RECORD)
+    write_notebook(tmp_path / "pretext.ipynb", TRAIN, RECORD, KEEP)
+    write_notebook(tmp_path / "table.ipynb", 'profile = "smoke"\noutput = ""',
+                   "import json, pathlib; (pathlib.Path(output) / 'run.json').write_text(json.dumps({'parameters': {'profile': profile}}))")
+    (tmp_path / "toy.toml").write_text(TOY)
+    return tmp_path
+
+
+def planned_names(toys, *only, **options):
+    return [run.name for run in plan_runs(load_registry(toys / "toy.toml"), "smoke", only or None, **options)]
+
+
+def make(toys, *only, **options):
+    """`reproduce` with the toy registry below toys/out; returns the plan and what was printed."""
+    lines = []
+    plan = experiments.reproduce("smoke", only or None, root=toys / "out", registry=load_registry(toys / "toy.toml"),
+                                 echo=lines.append, **options)
+    return {each.run.name: each.reasons for each in plan}, "\n".join(lines)
+
+
+def test_a_row_brings_exactly_the_rows_that_it_needs(toys):
+    assert planned_names(toys, "train", rows=["started"], seeds=[1]) == ["pretext/coach-seed1", "priors/fold-seed0", "train/started-seed1"]
+    assert planned_names(toys, "train", rows=["plain"]) == ["train/plain-seed0", "train/plain-seed1"]
+    assert planned_names(toys, "train", rows=["loop"], seeds=[0]) == ["train/plain-seed0", "labels/loop-seed0", "train/loop-seed0"]
+    assert planned_names(toys, "train", rows=["spare"], seeds=[5]) == ["pretext/spare-seed5", "train/spare-seed5"]
+    assert planned_names(toys, "pretext", seeds=[0]) == ["pretext/coach-seed0", "pretext/random-seed0"]
+
+
+def test_tables_are_content_with_the_rows_that_were_asked_for(toys):
+    assert planned_names(toys, "table", rows=["plain"], seeds=[0]) == ["train/plain-seed0", "table"]
+    assert planned_names(toys, "table", rows=["started"], seeds=[1]) == [
+        "pretext/coach-seed1", "priors/fold-seed0", "train/started-seed1", "table"]
+    assert planned_names(toys, "picture") == ["pretext/coach-seed0", "pretext/coach-seed1", "priors/fold-seed0", "picture"]
+    assert planned_names(toys, "picture", rows=["coach"], seeds=[1]) == ["pretext/coach-seed1", "picture"]
+    assert planned_names(toys, "table", with_needs=False) == ["table"]
+
+
+def test_everything_is_planned_once_after_what_it_needs(toys):
+    registry = load_registry(toys / "toy.toml")
+    runs = plan_runs(registry, "smoke")
+    names = [run.name for run in runs]
+    assert len(names) == len(set(names)) == 2 * 3 + 2 * 2 + 1 * 2 + 2 + 2  # train, pretext, priors, labels (needed only), render
+    assert all(names.index(need) < names.index(run.name) for run in runs for need in run.needs)
+    assert [run.needs for run in runs if run.name == "train/started-seed1"] == [("pretext/coach-seed1", "priors/fold-seed0")]
+    assert {run.keeps for run in runs if run.experiment == "pretext"} == {("start.pt",)}
+    assert experiments.needed_runs(registry, "smoke", "picture", "", None) == (
+        "pretext/coach-seed0", "pretext/coach-seed1", "priors/fold-seed0")
+
+
+@pytest.mark.parametrize("old, new, why", [
+    ('needs = ["train/plain"]', 'needs = ["train/loop"]', "circle"),
+    ('needs = ["train/plain"]', 'needs = ["train"]', "circle"),
+    ('needs = ["train/plain"]', 'needs = ["train/plian@0"]', "did you mean 'plain'"),
+    ('needs = ["train/plain"]', 'needs = ["train/plain@first"]', "not a need"),
+    ('needs = ["train/plain"]', 'needs = ["train@0"]', "not a need"),
+    ('keeps = ["start.pt"]', 'keep = ["start.pt"]', "did you mean 'keeps'"),
+])
+def test_faults_of_needs_are_found_in_the_registry(toys, old, new, why):
+    (toys / "toy.toml").write_text(TOY.replace(old, new))
+    with pytest.raises(ConfigError, match=why):
+        load_registry(toys / "toy.toml")
+
+
+def test_a_chain_runs_in_order_and_keys_follow_it(toys):
+    _, text = make(toys, "train", rows=["started"], seeds=[1], jobs=2)
+    assert text.index("pretext/coach-seed1 ·") < text.index("train/started-seed1 ·")
+    record = read_json(toys / "out/results/smoke/train/started-seed1/run.json")
+    pretext = read_json(toys / "out/results/smoke/pretext/coach-seed1/run.json")
+    assert set(record["cache"]["needs"]) == {"pretext/coach-seed1", "priors/fold-seed0"}
+    assert record["cache"]["needs"]["pretext/coach-seed1"] == pretext["key"]
+    kept = toys / "out/checkpoints/smoke/pretext/coach-seed1" / pretext["key"][:12]
+    assert [path.name for path in kept.iterdir()] == ["start.pt"]  # and not last.pt
+    write_notebook(toys / "pretext.ipynb", TRAIN, RECORD, KEEP, "1")
+    plan, _ = make(toys, "train", rows=["started"], seeds=[1], explain=True)
+    assert plan["priors/fold-seed0"] == [] and plan["train/started-seed1"] == ["need pretext/coach-seed1 changed"]
+
+
+def test_kept_files_are_made_again_only_if_something_starts_from_them(toys):
+    make(toys, "train", rows=["started"], seeds=[1], jobs=2)
+    for path in (toys / "out/checkpoints").rglob("start.pt"):
+        path.unlink()
+    plan, _ = make(toys, "train", rows=["started"], seeds=[1])
+    assert plan == {"pretext/coach-seed1": [], "priors/fold-seed0": [], "train/started-seed1": []}
+    (toys / "out/results/smoke/train/started-seed1/metrics.csv").unlink()
+    plan, _ = make(toys, "train", rows=["started"], seeds=[1], jobs=2)
+    assert plan["pretext/coach-seed1"] == ["start.pt is not here"] and plan["priors/fold-seed0"] == []
+    assert len(list((toys / "out/checkpoints").rglob("start.pt"))) == 1
+    plan, _ = make(toys, "train", rows=["started"], seeds=[1], explain=True)
+    assert not any(plan.values())
+
+
+def test_a_run_that_does_not_keep_what_it_should_fails(toys):
+    write_notebook(toys / "pretext.ipynb", TRAIN, RECORD)
+    with pytest.raises(NotebookError, match="did not write start.pt"):
+        make(toys, "pretext", rows=["coach"], seeds=[0])
+    assert not list((toys / "out/results").rglob("metrics.csv"))
+
+
+NEWER = TRAIN.replace('start = ""', 'start = ""\nextra = 0'), RECORD.replace('"start": start', '"start": start, "extra": extra')
+
+
+def test_confirm_keeps_the_other_seeds_and_their_weights(toys):
+    """Pretext and training both get new code: one seed of each is run, the rest follows, kept weights move to the new key."""
+    make(toys, "train", rows=["started"], jobs=2)
+    before = {path: path.read_bytes() for path in (toys / "out/results").rglob("metrics.csv")}
+    write_notebook(toys / "work.ipynb", *NEWER)
+    write_notebook(toys / "pretext.ipynb", NEWER[0], NEWER[1], KEEP)
+    _, text = make(toys, "train", rows=["started"], explain=True, confirm=True)
+    assert "train/started-seed1  kept if train/started-seed0 stays the same" in text and "pretext/coach-seed0  run: " in text
+    plan, text = make(toys, "train", rows=["started"], jobs=2, confirm=True)
+    assert not any(plan.values())
+    assert [line.split(" · ")[0] for line in text.splitlines() if "kept:" in line] == ["pretext/coach-seed1", "train/started-seed1"]
+    assert {path: path.read_bytes() for path in before} == before
+    for name in ("pretext/coach", "train/started"):
+        seeds = [read_json(toys / f"out/results/smoke/{name}-seed{seed}/run.json") for seed in (0, 1)]
+        assert seeds[1]["confirmed_by"] == {"run": f"{name}-seed0", "commit": "abc"} and "confirmed_by" not in seeds[0]
+        assert seeds[1]["parameters"]["extra"] == 0 and len(seeds[1]["same_as"]) == 1
+        weights = toys / "out/checkpoints/smoke" / f"{name}-seed1"
+        assert [path.name for path in weights.iterdir()] == [seeds[1]["key"][:12]]
+    assert next((toys / "out/checkpoints/smoke/pretext/coach-seed1").rglob("start.pt")).read_text() == "weights 1"
+    assert not any(make(toys, "train", rows=["started"], explain=True)[0].values())  # without --confirm too
+    assert check_manifest(Places(toys / "out"), "smoke") == []
+
+
+@pytest.mark.parametrize("change", ["the result", "an old parameter", "a file", "the data"])
+def test_confirm_keeps_nothing_else(toys, change, monkeypatch):
+    make(toys, "train", rows=["plain"], jobs=2)
+    work, overrides = NEWER[1], None
+    if change == "the result":
+        work = work.replace("epochs ** 2", "epochs ** 3")
+    if change == "an old parameter":
+        overrides = {"epochs": 4}
+    if change == "a file":
+        (toys / "out/results/smoke/train/plain-seed1/metrics.csv").write_text("edited")
+    if change == "the data":
+        monkeypatch.setattr(experiments, "data_key", lambda *_: {"train": "0" * 64})
+    write_notebook(toys / "work.ipynb", NEWER[0], work)
+    plan, text = make(toys, "train", rows=["plain"], jobs=2, confirm=True, overrides=overrides)
+    assert plan["train/plain-seed1"] and "kept:" not in text
+    records = [read_json(toys / f"out/results/smoke/train/plain-seed{seed}/run.json") for seed in (0, 1)]
+    assert "confirmed_by" not in records[1] and records[1]["parameters"]["extra"] == 0
+    assert not any(make(toys, "train", rows=["plain"], explain=True, overrides=overrides)[0].values())
+
+
+def test_confirm_does_not_speak_for_seeds_of_another_code(toys):
+    """Seed 1 was made by the first notebook, seed 0 by the second: seed 0 says nothing about the first one."""
+    make(toys, "train", rows=["plain"], jobs=2)
+    write_notebook(toys / "work.ipynb", TRAIN, RECORD.replace("epochs ** 2", "epochs ** 4"))
+    make(toys, "train", rows=["plain"], seeds=[0])
+    write_notebook(toys / "work.ipynb", TRAIN, RECORD.replace("epochs ** 2", "epochs ** 4"), "1")
+    _, text = make(toys, "train", rows=["plain"], jobs=2, confirm=True)
+    assert "kept:" not in text
+    assert (toys / "out/results/smoke/train/plain-seed1/metrics.csv").read_text().endswith("81")
+
+
+def test_confirm_of_one_seed_first_and_the_others_later(toys):
+    make(toys, "train", rows=["plain"], jobs=2)
+    write_notebook(toys / "work.ipynb", *NEWER)
+    make(toys, "train", rows=["plain"], seeds=[0])  # an ordinary run leaves the evidence too
+    _, text = make(toys, "train", rows=["plain"], confirm=True)
+    assert text.splitlines()[0] == "train/plain-seed1 · kept: train/plain-seed0 came out the same" and "[1/1]" not in text
+
+
+def test_confirm_understands_records_of_whole_modules(toys):
+    """Earlier records hold one hash for each module: they differ from today's in form alone, and count as other code."""
+    make(toys, "train", rows=["plain"], jobs=2)
+    for seed in (0, 1):
+        path = toys / f"out/results/smoke/train/plain-seed{seed}/run.json"
+        record = read_json(path)
+        record["cache"]["modules"] = {"covidsev.training": "0" * 64}
+        record["key"] = cache_key(record["cache"])
+        path.write_text(json.dumps(record))
+    plan, _ = make(toys, "train", rows=["plain"], explain=True)
+    assert plan["train/plain-seed1"] == ["module covidsev.training is gone"]
+    plan, text = make(toys, "train", rows=["plain"], confirm=True)
+    assert not any(plan.values()) and text.count("kept:") == 1
+
+
+def test_confirm_of_a_failing_run_confirms_nothing(toys):
+    make(toys, "train", rows=["plain"], jobs=2)
+    write_notebook(toys / "work.ipynb", TRAIN, RECORD, "1 / 0")
+    with pytest.raises(NotebookError, match="ZeroDivisionError"):
+        make(toys, "train", rows=["plain"], jobs=2, confirm=True)
+    assert make(toys, "train", rows=["plain"], explain=True)[0]["train/plain-seed1"] == ["notebook work.ipynb changed"]
+
+
+def test_words_of_the_registry_make_tables_old_and_networks_not(toys):
+    registry = load_registry(toys / "toy.toml")
+    runs = {run.name: run for run in plan_runs(registry, "smoke", ["table"], ["plain"], [0])}
+    (toys / "toy.toml").write_text(TOY.replace('title = "Plain"', 'title = "Plain, as in Table I"'))
+    other = {run.name: run for run in plan_runs(load_registry(toys / "toy.toml"), "smoke", ["table"], ["plain"], [0])}
+    parts = [{name: experiments.cache_parts(run, {}, {}) for name, run in each.items()} for each in (runs, other)]
+    assert parts[0]["train/plain-seed0"] == parts[1]["train/plain-seed0"] and parts[0]["table"] != parts[1]["table"]
+
+
+def test_data_key_knows_the_unlabelled_pool(data_root, tmp_path):
+    """Names and sizes of the pool count where it is read, and nowhere else."""
+    settings = {"data": "covid-semiseg", "size": 64, "n_train": 4, "val_slices": 2, "split_seed": 0}
+    plain = experiments.data_key({**settings, "images": "labelled"}, data_root)
+    assert set(plain) == {"train", "val", "test"}
+    pool = experiments.data_key({**settings, "images": "unlabelled"}, data_root)
+    assert pool.pop("pool") == experiments.pool_key(data_root) and pool == plain
+    assert "pool" in experiments.data_key({**settings, "source": "released", "n_unlabelled": 0}, data_root)
+    assert experiments.data_key({**settings, "data": "phantom", "images": "unlabelled"}) == {}
+
+
+def test_pool_key_changes_with_names_and_sizes(tmp_path, monkeypatch):
+    from covidsev import datasets
+
+    for name in ("Imgs/a.jpg", "Imgs/b.jpg", "GT/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    monkeypatch.setattr(datasets, "load_unlabelled", lambda root: SimpleNamespace(paths=sorted((tmp_path / "Imgs").iterdir())))
+    keys = [experiments.pool_key()]
+    (tmp_path / "GT/a.png").write_bytes(b"123456")
+    keys.append(experiments.pool_key())
+    (tmp_path / "Imgs/b.jpg").rename(tmp_path / "Imgs/c.jpg")
+    keys.append(experiments.pool_key())
+    assert len(set(keys)) == 3 and experiments.pool_key() == keys[2]
 
 
 def test_every_experiment_notebook_is_registered_and_clean():

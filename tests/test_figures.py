@@ -3,11 +3,13 @@ import os
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as arrays
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from covidsev import figures
 from covidsev.config import GeometryError
@@ -106,3 +108,50 @@ def test_full_disk_is_named_and_leaves_the_old_figure(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert [(tmp_path / f"figure.{suffix}").read_bytes() for suffix in ("svg", "png")] == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.png", "figure.svg"]
+
+
+@given(st.lists(st.sampled_from(["warm-up", "coach", "network"]), min_size=1, max_size=12))
+def test_shaded_turns_are_the_epochs_of_the_coach(phases):
+    history = pd.DataFrame({"epoch": range(len(phases)), "phase": phases})
+    shaded = [k for k in range(len(phases)) if any(low < k < high for low, high in figures.coach_turns(history))]
+    assert shaded == [k for k, phase in enumerate(phases) if phase == "coach"]
+
+
+def legends_on_panels(figure):
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    parts = list(figure.subfigs) or [figure]
+    boxes = [ax.get_tightbbox(renderer) for part in parts for ax in part.axes]
+    return sum(legend.get_window_extent(renderer).overlaps(box) for part in parts for legend in part.legends for box in boxes)
+
+
+def test_legends_touch_no_panel_however_many_rows():
+    history = pd.DataFrame({"epoch": [1, 2, 3], "phase": ["warm-up", "coach", "network"], "train_loss": [3.0, 2.0, 1.0],
+                            "val_loss_sum": [3.0, 2.5, 2.0], **dict.fromkeys([*figures.RECONSTRUCTION, *figures.ENTROPIES], 0.5)})
+    for number in (1, 4, 15):
+        rows = {f"a row with quite a long title, number {k}": {0: history} for k in range(number)}
+        assert legends_on_panels(figures.curve_blocks({"single": rows, "multi": rows})) == 0
+    assert legends_on_panels(figures.coach_curves({"row": {0: history, 1: history}})) == 0
+
+
+def test_curves_without_a_validation_column_or_any_run():
+    """The last epoch may be kept without validation; a block without a run says so."""
+    history = pd.DataFrame({"epoch": [1, 2], "train_loss": [2.0, 1.0]})
+    figure = figures.curve_blocks({"single": {"row": {0: history}}, "multi": {}})
+    panels = [ax for part in figure.subfigs for ax in part.axes]
+    assert len(panels[0].get_lines()) == 2 and [text.get_text() for text in panels[3].texts] == ["not run"]
+
+
+def test_narrow_figures_break_their_stamp():
+    figure = figures.captioned(plt.figure(figsize=(2, 2), layout="constrained"), "real · cpu · seeds 0-2 · n = 48 · a long row title")
+    stamp = figure._supxlabel
+    assert stamp.get_text().replace("\n", " · ") == "real · cpu · seeds 0-2 · n = 48 · a long row title" and "\n" in stamp.get_text()
+    assert stamp.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width <= 1.02 * figure.bbox.width
+
+
+def test_class_colours_are_the_palette_and_grids_of_nothing_are_no_error():
+    image, labels = np.full((8, 8), 100, np.uint8), np.zeros((8, 8), np.uint8)
+    labels[:4], labels[4:6] = 1, 2
+    figure = figures.class_grid({"multi": {"best": (image, labels, 0 * labels, 0.5)}}, "phantom", "phantom")
+    assert np.array_equal(figure.axes[0].get_images()[0].get_array(), figures.overlay(image, labels))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ground-glass opacity", "consolidation"]
+    assert figures.class_grid({}, "real").axes and figures.case_grid({}, "real").axes

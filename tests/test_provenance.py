@@ -335,7 +335,7 @@ def test_keys_do_not_depend_on_hash_seed_folder_locale_or_time_zone(tmp_path):
     code = """
         from covidsev import provenance
         parts = {"parameters": {"classes": {"ggo", "consolidation", "background"}, "rates": (0.75, 1.0)},
-                 "code": provenance.source_key(["provenance", "config"])}
+                 "code": provenance.source_key("from covidsev import provenance, config\\nprint(provenance, config)")}
         print(provenance.cache_key(parts))
     """
     runs = [python(code, cwd=tmp_path, PYTHONHASHSEED="1", TZ="UTC", LC_ALL="C"),
@@ -361,35 +361,172 @@ def package(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_source_key_follows_imports_and_nothing_else(package):
-    assert list(provenance.source_key(["b"])) == ["covidsev.a", "covidsev.b"]
-    before = provenance.source_key(["b"])
-    write_package(package, c="Y = 2\n")
-    assert provenance.source_key(["b"]) == before
+def reached(source: str) -> set[str]:
+    """The definitions that a text reaches, as {"a.X", "b.f"}."""
+    key = provenance.source_key(textwrap.dedent(source))
+    return {f"{module.removeprefix('covidsev.')}.{name}" for module, parts in key.items() for name in parts}
+
+
+USE_B = "from covidsev.b import f\nf()"
+ALL_OF_A = "from covidsev import a\nprint(a)"
+
+
+def test_source_key_follows_names_and_nothing_else(package):
+    assert reached(USE_B) == {"a.X", "b.f"}
+    before = provenance.source_key(USE_B)
+    write_package(package, c="Y = 2\n", a="X = 1\nZ = 3\n\ndef loader():\n    return Z\n")
+    assert provenance.source_key(USE_B) == before  # a new loader beside what is used
     write_package(package, a="X = 2\n")
-    after = provenance.source_key(["b"])
-    assert provenance.why_stale({"code": before}, {"code": after}) == ["code covidsev.a changed"]
+    after = provenance.source_key(USE_B)
+    assert provenance.why_stale({"modules": before}, {"modules": after}) == ["module covidsev.a: X changed"]
 
 
-@pytest.mark.parametrize("source", ['"""Doc."""\nX = 1\n', "# why\nX  =  1  # because\n\n\n", "__all__ = ['X']\nX = 1\n"])
+def test_changed_definitions_are_named_and_long_lists_are_cut(package):
+    write_package(package, a="".join(f"X{k} = {k}\n" for k in range(9)))
+    before = provenance.source_key(ALL_OF_A)
+    write_package(package, a="".join(f"X{k} = {k + 1}\n" for k in range(1, 10)))
+    after = provenance.source_key(ALL_OF_A)
+    assert provenance.why_stale({"modules": before}, {"modules": after}) == [
+        "module covidsev.a: X0 is gone, X1 changed, X2 changed, X3 changed, X4 changed, X5 changed and 4 more"]
+
+
+@pytest.mark.parametrize("source", ['"""Doc."""\nX = 1\n', "# why\nX  =  1  # because\n\n\n", "__all__ = ['X']\nX = 1\n",
+                                    "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\nX = 1\n"])
 def test_words_do_not_change_a_source_key(package, source):
-    before = provenance.source_key(["a"])
+    before = provenance.source_key(ALL_OF_A)
     write_package(package, a=source)
-    assert provenance.source_key(["a"]) == before
+    assert provenance.source_key(ALL_OF_A) == before
 
 
-@pytest.mark.parametrize("source", ["X = 1.0\n", "X = 1\nX += 0\n", "X = '1'\n", "def X(): 'doc'\n"])
+def test_docstrings_of_functions_and_methods_do_not_count(package):
+    write_package(package, a="class K:\n    def m(self):\n        return 1\n\ndef f():\n    pass\n")
+    before = provenance.source_key(ALL_OF_A)
+    write_package(package, a="class K:\n    'K.'\n    def m(self):\n        'M.'\n        return 1\n\ndef f():\n    'F.'\n")
+    assert provenance.source_key(ALL_OF_A) == before
+
+
+@pytest.mark.parametrize("source", ["X = 1.0\n", "X = 1\nX += 0\n", "X = '1'\n", "def X(): 'doc'\n", "X = 1\nX = 1\n",
+                                    "if True:\n    X = 1\n", "from .c import Y as X\n"])
 def test_code_does_change_a_source_key(package, source):
-    before = provenance.source_key(["a"])
+    before = provenance.source_key("from covidsev.a import X\nX")
     write_package(package, a=source)
-    assert provenance.source_key(["a"]) != before
+    assert provenance.source_key("from covidsev.a import X\nX") != before
+
+
+SPELLINGS = {
+    "from covidsev import a\na.f()": {"a.f", "a.LIMIT"},
+    "from covidsev import a as first\nfirst.f": {"a.f", "a.LIMIT"},
+    "import covidsev.a\ncovidsev.a.f()": {"a.f", "a.LIMIT"},
+    "import covidsev.a as first\nfirst.f()": {"a.f", "a.LIMIT"},
+    "from covidsev.a import f, K\nf": {"a.f", "a.LIMIT"},
+    "def later():\n    from covidsev.a import f\n    return f()": {"a.f", "a.LIMIT"},
+    "from covidsev import a\nprint(f'{a.f():.{a.DIGITS}f}')": {"a.f", "a.LIMIT", "a.DIGITS"},
+    "from covidsev import a\n[a.K for _ in a.TABLE if not (lambda x=a.DIGITS: x)()]":
+        {"a.K", "a.helper", "a.TABLE", "a.DIGITS", "a.Base", "a.deco"},
+    "from covidsev import a\ngetattr(a, name)": {"a.f", "a.LIMIT", "a.K", "a.helper", "a.TABLE", "a.DIGITS", "a.Base", "a.deco"},
+    "from covidsev import a\na.nowhere": {"a.f", "a.LIMIT", "a.K", "a.helper", "a.TABLE", "a.DIGITS", "a.Base", "a.deco"},
+    "%time\nfrom covidsev import a\n!ls\na.DIGITS": {"a.DIGITS"},
+    "from covidsev import a\na = 3": set(),
+    "text = 'covidsev.a.f'": set(),
+}
+
+
+@pytest.mark.parametrize("source", SPELLINGS)
+def test_all_spellings_reach_what_they_name(package, source):
+    write_package(package, a="""
+        from functools import wraps
+        DIGITS, LIMIT = 2, 9
+        TABLE = {}
+
+        def deco(g):
+            return g
+
+        def helper(DIGITS):
+            LIMIT = DIGITS  # both are local here
+            return LIMIT
+
+        def f(x=LIMIT):
+            return [helper for helper in range(x)]
+
+        class Base:
+            pass
+
+        class K(Base):
+            kind = deco
+
+            def m(self):
+                return helper(1)
+    """)
+    assert reached(source) == SPELLINGS[source]
+
+
+@pytest.mark.parametrize("statement", ["TABLE['f'] = 1", "TABLE.update(f=1)", "for k in 'ab':\n    TABLE[k] = k", "X.kind = TABLE",
+                                       "try:\n    import fast\nexcept ImportError:\n    fast = TABLE", "assert not TABLE"])
+def test_statements_that_define_nothing_always_count(package, statement):
+    """Whoever imports the module runs them, even through another module; what they use counts too."""
+    write_package(package, a=f"class X:\n    pass\n\nTABLE = {{}}\n{statement}\n", b="from .a import X\n\ndef g():\n    return 1\n")
+    assert {"a.(module level)", "a.TABLE", "b.g"} <= reached("from covidsev import b\nb.g()")
+
+
+def test_decorators_that_may_register_always_count(package):
+    write_package(package, a="""
+        from functools import lru_cache
+        KNOWN = []
+
+        def register(f):
+            KNOWN.append(f)
+            return f
+
+        @register
+        def one():
+            return 1
+
+        @lru_cache(maxsize=8)
+        def two():
+            return 2
+
+        def three():
+            return KNOWN
+    """)
+    assert reached("from covidsev.a import three\nthree()") == {"a.KNOWN", "a.register", "a.one", "a.three"}
+
+
+def test_what_cannot_be_told_is_taken_whole(package):
+    write_package(package, a="X = 1\n\ndef f(name):\n    return globals()[name]\n", b="from .a import *\n\ndef g():\n    return 1\n")
+    assert reached("from covidsev.a import f\nf") == {"a.X", "a.f"}
+    assert reached("from covidsev.b import g\ng") == {"a.X", "a.f", "b.g"}
+    assert reached("import covidsev\nprint(covidsev)") == {"a.X", "a.f", "b.g", "c.Y"}
+
+
+def test_the_meaning_of_an_imported_name_counts(package):
+    write_package(package, a="import math as m\n\ndef f():\n    return m.pi\n")
+    before = provenance.source_key("from covidsev.a import f\nf")
+    write_package(package, a="import cmath as m\n\ndef f():\n    return m.pi\n")
+    assert provenance.source_key("from covidsev.a import f\nf") != before
+
+
+def test_names_are_followed_through_other_modules(package):
+    write_package(package, b="from .a import X\nfrom . import c\n\ndef f():\n    from .a import X as late\n    return late\n")
+    assert reached("from covidsev import b\nb.X") == {"a.X"}
+    assert reached("from covidsev import b\nb.c.Y") == {"c.Y"}
+    assert reached(USE_B) == {"b.f", "a.X"}
 
 
 def test_source_key_of_a_circle_and_of_a_missing_module(package):
-    write_package(package, a="import covidsev.b\n")
-    assert list(provenance.source_key(["a"])) == ["covidsev.a", "covidsev.b"]
+    write_package(package, a="import covidsev.b\n\ndef g():\n    return covidsev.b.f()\n", b="from .a import g\n\ndef f():\n    return g\n")
+    assert reached("from covidsev.a import g\ng") == {"a.g", "b.f"}
     with pytest.raises(ConfigError, match="no module 'covidsev.z'"):
-        provenance.source_key(["z"])
+        provenance.source_key("from covidsev.z import f")
+
+
+def test_source_key_of_this_library_is_quick_and_holds_what_it_should():
+    source = "from covidsev import runs, figures\nruns.train_network"
+    key = provenance.source_key(source, without=["covidsev.figures"])
+    assert "covidsev.figures" not in key and "fit" in key["covidsev.training"] and "train_network" in key["covidsev.runs"]
+    assert {"check_covid_semiseg", "grey_profile"}.isdisjoint(key["covidsev.datasets"])
+    started = time.perf_counter()
+    assert provenance.source_key(source, without=["covidsev.figures"]) == key
+    assert time.perf_counter() - started < 2.0  # parsed once
 
 
 def test_imports_of_understands_all_spellings(package):

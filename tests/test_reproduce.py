@@ -16,10 +16,13 @@ TINY = {"epochs": 2, "size": 32, "n_train": 4, "n_test": 4, "val_slices": 2, "wa
 FILES = ("metrics.csv", "per_image.csv", "history.csv")
 
 
+SHOWN = ("table1_test_loss", "table2_dice", "figure_learning_curves", "figure_qualitative")
+
+
 def run(root, **options):
-    """`reproduce` of two rows with one seed below `root`; returns the plan and what was printed."""
+    """`reproduce` of two rows with one seed and what shows them, below `root`; returns the plan and what was printed."""
     lines = []
-    options = {"rows": ["sinfnet", "unet"], "seeds": [0], "overrides": TINY, "echo": lines.append, **options}
+    options = {"only": ["train_single", *SHOWN], "rows": ["sinfnet", "unet"], "seeds": [0], "overrides": TINY, "echo": lines.append, **options}
     return experiments.reproduce("smoke", root=root, **options), "\n".join(lines)
 
 
@@ -51,7 +54,9 @@ def test_run_record_says_what_was_done(made):
     assert record["data"]["kind"] == "phantom" and record["data"]["splits"]["test"]["n"] == 4
     assert record["environment"]["packages"]["torch"] and record["init"] == "scratch"
     assert set(record["cache"]) == {"parameters", "notebook", "modules", "data", "needs"}
-    assert "covidsev.training" in record["cache"]["modules"] and "covidsev.figures" not in record["cache"]["modules"]
+    modules = record["cache"]["modules"]
+    assert "fit" in modules["covidsev.training"] and "covidsev.figures" not in modules
+    assert "check_covid_semiseg" not in modules["covidsev.datasets"]  # in a module that is used, and not reached
     text = (made[0] / "results/smoke/train_single/sinfnet-seed0/run.json").read_text()
     assert str(made[0]) not in text and os.uname().nodename not in text and str(Path.home()) + "/" not in text
 
@@ -84,14 +89,18 @@ def test_explain_names_the_changed_parameter_and_runs_nothing(made):
 
 
 def test_explain_names_changed_library_code_but_not_changed_drawing(made, monkeypatch):
-    whole = experiments._closure
+    whole = experiments.source_key
 
-    def edited(changed):
-        return lambda module, stamp: {name: "0" * 64 if name == changed else key for name, key in whole(module, stamp).items()}
+    def edited(module, name):
+        def key(source, without=()):
+            found = whole(source, without)
+            return {**found, module: {**found[module], name: "0" * 16}} if module in found else found
 
-    monkeypatch.setattr(experiments, "_closure", edited("covidsev.losses"))
-    assert "module covidsev.losses changed" in run(made[0], explain=True)[1]
-    monkeypatch.setattr(experiments, "_closure", edited("covidsev.figures"))
+        return key
+
+    monkeypatch.setattr(experiments, "source_key", edited("covidsev.losses", "structure_loss"))
+    assert "module covidsev.losses: structure_loss changed" in run(made[0], explain=True)[1]
+    monkeypatch.setattr(experiments, "source_key", edited("covidsev.figures", "caption"))
     plan, _ = run(made[0], explain=True)
     assert [bool(each.reasons) for each in plan if each.run.kind == "compute"] == [False, False]
     assert all(each.reasons for each in plan if each.run.kind == "render")

@@ -151,12 +151,12 @@ def test_scaled_sizes_are_multiples_near_the_scale(side, scale, multiple):
 def test_each_scale_makes_its_own_step_with_an_edge_from_the_mask_of_that_size(tmp_path, monkeypatch):
     seen = []
 
-    def spy(outputs, mask, edge, variant):
+    def spy(outputs, mask, edge, *options):
         if torch.is_grad_enabled():
             seen.append(mask.shape[-1])
             assert set(mask.unique().tolist()) <= {0.0, 1.0}
             assert torch.equal(edge > 0, mask_edge(mask > 0))
-        return original(outputs, mask, edge, variant=variant)
+        return original(outputs, mask, edge, *options)
 
     original = training.infnet_loss
     monkeypatch.setattr(training, "infnet_loss", spy)
@@ -222,7 +222,7 @@ def test_bad_data_is_refused_before_the_first_step(tmp_path, change, message):
 def test_evaluation_changes_nothing_and_records_nothing():
     network = toy_network().train()
     before = weights_hash(network)
-    scores = [evaluate_loss(network, *VAL, replace(TOY, batch_size=size)) for size in (1, 2, 5)]
+    scores = [evaluate_loss(network, VAL, replace(TOY, batch_size=size)) for size in (1, 2, 5)]
     assert weights_hash(network) == before and network.training
     for other in scores[1:]:
         assert other == pytest.approx(scores[0], rel=1e-5)
@@ -234,7 +234,7 @@ def test_the_weights_that_come_back_are_the_best_of_validation(tmp_path):
     result = run(tmp_path, replace(TOY, epochs=6))
     assert result.best_value == result.history.val_dice.max()
     assert result.best_epoch == int(result.history.epoch[result.history.val_dice.idxmax()])
-    assert evaluate_loss(result.model, *VAL, TOY)["dice"] == pytest.approx(result.best_value, abs=1e-6)
+    assert evaluate_loss(result.model, VAL, TOY)["dice"] == pytest.approx(result.best_value, abs=1e-6)
     assert not result.model.training
     saved = load_checkpoint(tmp_path / "best.pt")
     assert saved["epoch"] == result.best_epoch and saved["value"] == result.best_value
@@ -293,6 +293,35 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatc
 def test_training_learns(tmp_path):
     result = run(tmp_path, replace(TOY, epochs=25, augment="none", learning_rate=3e-2))
     assert result.best_value > 0.8
+
+
+def test_without_validation_slices_the_last_epoch_is_kept(tmp_path):
+    result = run(tmp_path / "a", replace(TOY, monitor="last"), val=None)
+    assert result.best_epoch == TOY.epochs and result.history.val_dice.isna().all()
+    watched = run(tmp_path / "b", replace(TOY, monitor="last"))
+    assert weights_hash(watched.model) == weights_hash(result.model)  # watching changes nothing
+    assert watched.best_epoch == TOY.epochs and watched.history.val_dice.notna().all()
+    with pytest.raises(ConfigError, match="no validation slices"):
+        run(tmp_path / "c", val=None)
+
+
+def test_the_focal_loss_changes_training_and_not_the_gradient_free_parts(tmp_path):
+    plain, focal = (run(tmp_path / str(g), replace(TOY, focal_gamma=g)) for g in (0.0, 2.0))
+    assert weights_hash(plain.model) != weights_hash(focal.model)
+    assert focal.history.train_s_3[0] < plain.history.train_s_3[0]
+
+
+# --- lookahead ----------------------------------------------------------------------------------------------
+
+
+def test_lookahead_moves_half_way_and_survives_an_interruption(tmp_path, monkeypatch):
+    config = replace(TOY, lookahead=3)
+    whole = run(tmp_path / "whole", config)
+    assert weights_hash(whole.model) != weights_hash(run(tmp_path / "off").model)
+    monkeypatch.setattr(training, "_is_finished", lambda state: state.epoch >= 2)
+    run(tmp_path / "half", config)
+    monkeypatch.undo()
+    assert weights_hash(run(tmp_path / "half", config).model) == weights_hash(whole.model)
 
 
 # --- mean of the weights ------------------------------------------------------------------------------------
