@@ -230,7 +230,7 @@ def _lung_air(air: np.ndarray, planes: np.ndarray, body: np.ndarray, unit: str, 
                                     fix="check that this is a chest CT; or give a lung mask: --lungs MASK")
     return keep[pieces]
 
-# %% ../nbs/12_lungs.ipynb #cell-020
+# %% ../nbs/12_lungs.ipynb #cell-021
 SECOND_LUNG = 0.15  # a second piece below this share of the first is no lung of its own
 
 
@@ -320,7 +320,7 @@ def split_lungs(mask: np.ndarray, spacing_mm: tuple[float, ...] | None = None,
     labels, how = _split(to_planes(mask), sizes, midline)
     return from_planes(labels, mask.ndim), how
 
-# %% ../nbs/12_lungs.ipynb #cell-025
+# %% ../nbs/12_lungs.ipynb #cell-026
 CLOSE_MM, GATE_MM, NEAR_MM, GATE_HU = 6.0, 10.0, 5.0, 200.0
 
 
@@ -365,7 +365,7 @@ def _classical(planes: np.ndarray, body: np.ndarray, unit: str, sizes: Sizes) ->
     labels, how = _split(lungs, sizes, midline)
     return _smooth_lungs(labels, sizes), how
 
-# %% ../nbs/12_lungs.ipynb #cell-029
+# %% ../nbs/12_lungs.ipynb #cell-030
 REPAIR_WARNING, REPAIR_ERROR = 0.40, 0.70
 
 
@@ -448,7 +448,7 @@ def repair_lungs(labels: np.ndarray, infection: np.ndarray, *, image: np.ndarray
                                  None if body is None else to_planes(body), unit, sizes)
     return from_planes(repaired, labels.ndim), fraction
 
-# %% ../nbs/12_lungs.ipynb #cell-034
+# %% ../nbs/12_lungs.ipynb #cell-035
 LITRES, AREA_SHARE, ASYMMETRY, AREA_JUMP = (0.8, 9.0), (0.08, 0.60), (0.4, 1.8), 0.40
 
 
@@ -504,7 +504,7 @@ def check_lungs(labels: np.ndarray, spacing_mm: tuple[float, ...] | None = None,
         raise LungSegmentationError("no lung: the mask is empty", expected="at least one lung")
     return [*_check_extent(counts, sizes, body, len(planes)), *_check_planes(planes > 0)]
 
-# %% ../nbs/12_lungs.ipynb #cell-038
+# %% ../nbs/12_lungs.ipynb #cell-039
 @dataclass
 class LungMask:
     """Lungs, and how they were found.
@@ -603,7 +603,7 @@ def _finish(mask: LungMask, spacing_mm: tuple[float, ...] | None, body: np.ndarr
                                     fix="look at it; give a lung mask: --lungs MASK; or leave --strict out")
     return mask
 
-# %% ../nbs/12_lungs.ipynb #cell-046
+# %% ../nbs/12_lungs.ipynb #cell-047
 LOBES = {"right_upper": 1, "right_middle": 2, "right_lower": 3, "left_upper": 4, "left_lower": 5}
 
 
@@ -657,7 +657,7 @@ def _check_volume(image: np.ndarray) -> None:
                             fix="use the engine classical for single slices")
     check_hu(image)
 
-# %% ../nbs/12_lungs.ipynb #cell-047
+# %% ../nbs/12_lungs.ipynb #cell-049
 _LUNGMASK = {"R231": ("lungs", {1: 1, 2: 2}), "R231CovidWeb": ("lungs", {1: 1, 2: 2}),
              "LTRCLobes": ("lobes", {1: LOBES["left_upper"], 2: LOBES["left_lower"], 3: LOBES["right_upper"],
                                      4: LOBES["right_middle"], 5: LOBES["right_lower"]})}
@@ -724,7 +724,7 @@ def _checked_engine(mask: LungMask, spacing_mm: tuple[float, ...] | None) -> Lun
     check_sides(lungs)
     return mask
 
-# %% ../nbs/12_lungs.ipynb #cell-048
+# %% ../nbs/12_lungs.ipynb #cell-050
 _TOTAL = {f"lung_{name.split('_')[1]}_lobe_{name.split('_')[0]}": label for name, label in LOBES.items()}
 _TOTAL_FAST, _TOTAL_FULL = ("Dataset297",), tuple(f"Dataset{number}" for number in (291, 292, 293, 294, 295))
 

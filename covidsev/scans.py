@@ -1117,7 +1117,7 @@ def _case_paths(folder: Path, pictures: str) -> list[Path]:
         return [folder]
     if any(path.is_file() and _is_dicom(path) for path in folder.iterdir()):
         return [folder]  # a series, perhaps with more of it below
-    return _nifti_files(folder) + own + inner
+    return sorted(_nifti_files(folder) + own + inner, key=lambda path: natural_key(path.name))
 
 
 def find_cases(path: str | Path, *, pictures: str = "stack",

@@ -612,7 +612,7 @@ def test_profiles_state_their_device_and_data():
         parameters = profile.parameters["train_single"]
         assert parameters["device"] == {"smoke": "cpu", "cpu": "cpu", "paper": "cuda"}[name]
         assert (parameters["data"] == "phantom") == (name == "smoke")
-        assert len(profile.seeds) >= (2 if name == "smoke" else 3)
+        assert len(profile.seeds) >= (1 if name == "smoke" else 3)
 
 
 def test_run_records_say_no_time_place_or_user(good):

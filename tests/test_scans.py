@@ -800,7 +800,7 @@ def test_cases_of_a_folder(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("x")
     (tmp_path / "read.txt").write_text("x")
-    assert [name for name, _ in find_cases(tmp_path)] == ["p2", "p10", "p3"]
+    assert [name for name, _ in find_cases(tmp_path)] == ["p2", "p3", "p10"]
     assert all(read_scan(path).hu.size for _, path in find_cases(tmp_path))
     assert [name for name, _ in find_cases(tmp_path / "p3")] == ["p3"]
     assert [name for name, _ in find_cases(tmp_path / "p3", pictures="slices")] == ["1", "2"]
