@@ -9,6 +9,7 @@ __all__ = ['PALETTE', 'CLASS_COLOURS', 'LINES', 'CURVES', 'Histories', 'DASHES',
            'case_grid', 'class_grid', 'label_efficiency', 'coach_turns', 'coach_curves', 'save_figure']
 
 # %% ../nbs/14_figures.ipynb #cell-002
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -423,7 +424,7 @@ def coach_curves(histories: Histories, stamp_text: str = "") -> Figure:
         axes = part.subplots(rows, 1, squeeze=False)[:, 0]
         for ax, (title, seeds) in zip(axes, histories.items()):
             _draw_game(ax, names, seeds)
-            ax.set_title(f"{title}: {what}", fontsize=8.5)
+            ax.set_title(textwrap.fill(f"{title}: {what}", 44), fontsize=8.5)
         part.legend(
             *axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8, frameon=False
         )

@@ -143,7 +143,7 @@ def test_interrupted_reproduce_is_status_130_and_leaves_no_process(tmp_path):
                                start_new_session=True)
     assert wait_until(lambda: list((tmp_path / "checkpoints").rglob("last.pt")), 90)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=180)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors and "interrupted" in errors
     assert not list((tmp_path / "results").rglob("metrics.csv"))
