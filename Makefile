@@ -1,4 +1,4 @@
-# make reproduce | test | bench | lab | render | clean | help
+# make reproduce | test | bench | lab | docs | render | clean | help
 # Every target sets up its own virtual environment first; only Python 3.11 or newer has to be there.
 
 VENV    ?= .venv
@@ -20,7 +20,7 @@ SHELL := /bin/bash
 # notebooks run in the environment made here, not in a kernel that the user has registered under the same name
 export JUPYTER_PREFER_ENV_PATH = 1
 .DEFAULT_GOAL := help
-.PHONY: reproduce test bench lab render readme clean help
+.PHONY: reproduce test bench lab docs render readme clean help
 
 reproduce: $(STAMP) ## run every experiment and draw the tables: PROFILE=smoke (phantom, minutes), cpu or paper (real data)
 	@$(BIN)/covidsev reproduce --profile $(PROFILE)
@@ -30,13 +30,21 @@ test: export COVIDSEV_QUIET = 1
 test: export MPLBACKEND = agg
 test: $(STAMP) ## run the tests in the notebooks, then the others; real-data tests run if COVIDSEV_DATA is set
 	@$(BIN)/nbdev_test --n_workers 2
-	@$(BIN)/python -m pytest -q -n 2 tests
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 bench: $(STAMP) ## compare our training step and evaluation with a plain one, as ratios
 	@$(BIN)/covidsev bench
 
+# a notebook as argument would make its folder the root, and results and figures could not be opened
 lab: $(STAMP) ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs/index.ipynb
+	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb
+
+docs: $(VENV)/.docs-installed ## build the site of notebooks, results and reference into _docs/html; look for dead links
+	@$(BIN)/python docs/book.py _docs/source
+	@rm -rf _docs/html
+	@$(BIN)/sphinx-build -q -E -j auto -W --keep-going -b html -c docs -d _docs/doctrees _docs/source _docs/html
+	@$(BIN)/python docs/check.py _docs/html
+	@echo "Open _docs/html/index.html"
 
 render: $(STAMP) ## draw tables and figures again from results that are there: PROFILE=smoke, cpu or paper
 	@$(BIN)/covidsev render --profile $(PROFILE)
@@ -61,4 +69,9 @@ $(STAMP): settings.ini setup.py
 	@echo "Setting up $(VENV): once, and again when settings.ini changes. This takes a few minutes."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LOCKED),-c requirements.lock) -e '.[dev]'
+	@touch $@
+
+# What the site needs, and only the site.
+$(VENV)/.docs-installed: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	@touch $@

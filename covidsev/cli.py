@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INTERRUPTED', 'run_cleanly', 'CleanGroup', 'main', 'info', 'parse_settings', 'show_results', 'reproduce', 'render',
-           'data', 'list_data', 'get_data', 'check_data', 'train', 'evaluate', 'bench', 'verify']
+           'data', 'list_data', 'get_data', 'check_data', 'train', 'evaluate', 'parse_pair', 'parse_label_maps',
+           'parse_cuts', 'segment', 'severity', 'export', 'bench', 'verify', 'where', 'graph', 'metadata']
 
 # %% ../nbs/17_cli.ipynb #cell-002
 import ast
@@ -167,16 +168,16 @@ def reproduce(profile: str, only: tuple, rows: tuple, seeds: tuple, jobs: int | 
 def render(names: tuple, profile: str, out: str | None) -> None:
     """Draw tables and figures again from the results that are there (all, or NAMES); seconds, trains
     nothing."""
-    from covidsev.experiments import full_name, load_registry
+    from covidsev.experiments import find_experiment, load_registry
     from covidsev.experiments import reproduce as run
 
     registry, root = load_registry(), Path(out or repo_root()).resolve()
     drawn = [each.name for each in registry.experiments.values() if each.kind == "render"]
     for name in names:
-        if full_name(name, registry.experiments) not in drawn:
+        if find_experiment(registry, name) not in drawn:
             raise ConfigError(f"{name} computes, it cannot be rendered",
                               fix=f"run: covidsev reproduce --only {name}")
-    run(profile, names or drawn, force=True, root=root, render_only=True, echo=click.echo)
+    run(profile, names or drawn, force=True, root=root, render_only=True, echo=click.echo, strict=bool(names))
     show_results(root, profile)
 
 # %% ../nbs/17_cli.ipynb #cell-018
@@ -187,11 +188,11 @@ def data() -> None:
 
 @data.command("list")
 def list_data() -> None:
-    """What can be fetched, with size, source, licence and citation."""
-    from covidsev.catalogue import CATALOGUE, describe
+    """What there is, with size, source, licence, citation and layout, and whether it can be fetched."""
+    from covidsev.datasources import SOURCES, describe_source
 
-    for entry in CATALOGUE.values():
-        click.echo(describe(entry) + "\n")
+    for name in SOURCES:
+        click.echo(describe_source(name) + "\n")
 
 
 @data.command("get")
@@ -201,11 +202,11 @@ def list_data() -> None:
 @click.option("--sha256", help="Hash of the mirror's archive.")
 @click.option("--force", is_flag=True, help="Fetch again even where a whole copy is there.")
 def get_data(name: str, root: str | None, url: str | None, sha256: str | None, force: bool) -> None:
-    """Fetch a data set; shows its licence first, checks every file by hash."""
-    from covidsev.catalogue import fetch
+    """Fetch a data set, or say how to get it by hand; shows its licence first, checks files by hash."""
+    from covidsev.datasources import get_data as get
 
     folder = Path(root) if root else data_root() or repo_root() / "data"
-    click.echo(f"data set is at {fetch(name, folder, url=url, sha256=sha256, force=force, echo=click.echo)}")
+    click.echo(f"data set is at {get(name, folder, url=url, sha256=sha256, force=force, echo=click.echo)}")
 
 
 @data.command("check")
@@ -213,11 +214,9 @@ def get_data(name: str, root: str | None, url: str | None, sha256: str | None, f
 @click.option("--root", help="Data folder, or the folder of the data set in any of its known forms.")
 def check_data(name: str, root: str | None) -> int:
     """Read a whole data set and list every fault at once; status 1 if there is one."""
-    from covidsev.catalogue import get_entry
-    from covidsev.datasets import check_covid_semiseg
+    from covidsev.datasources import check_data as check
 
-    get_entry(name)
-    report = check_covid_semiseg(data_root(root))
+    report = check(name, data_root(root))
     click.echo(str(report))
     return 0 if report.ok else 1
 
@@ -277,31 +276,231 @@ def evaluate(pred: str, truth: str, out: str | None, threshold: float, allow_mis
             click.echo(f"{what}: {', '.join(stems)}")
 
 # %% ../nbs/17_cli.ipynb #cell-028
+def parse_pair(text: str | None, names: str) -> tuple[float, float] | None:
+    """(-600.0, 1500.0) from "-600,1500"; `ConfigError` for anything but two numbers."""
+    if text is None:
+        return None
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError("two numbers are needed", found=repr(text), expected=names) from None
+    return first, second
+
+
+def _of_mask(text: str) -> tuple[str, str]:
+    """("lungs", "1=2") from "lungs:1=2", and ("infection", "1=2") from "1=2"."""
+    name, colon, rest = text.rpartition(":")
+    return (name if colon else "infection"), rest
+
+
+def parse_label_maps(texts: tuple[str, ...]) -> dict[str, dict[int, int]]:
+    """{"lungs": {1: 2, 2: 1}} from ("lungs:1=2,2=1",); without a name it is the infection mask."""
+    maps: dict[str, dict[int, int]] = {}
+    for text in texts:
+        name, rest = _of_mask(text)
+        try:
+            pairs = [pair.split("=") for pair in rest.split(",")]
+            maps.setdefault(name, {}).update({int(value): int(label) for value, label in pairs})
+        except ValueError:
+            raise ConfigError("--label-map needs VALUE=LABEL,...", found=repr(text),
+                              fix="for example: --label-map lungs:1=2,2=1") from None
+    return maps
+
+
+def parse_cuts(texts: tuple[str, ...]) -> dict[str, float]:
+    """{"infection": 127.0} from ("127",), {"lungs": 0.5} from ("lungs:0.5",)."""
+    try:
+        return {name: float(value) for name, value in map(_of_mask, texts)}
+    except ValueError:
+        raise ConfigError("--binarize needs a number", found=", ".join(map(repr, texts)),
+                          fix="for example: --binarize 127, or --binarize lungs:0.5") from None
+
+
+_SCAN_OPTIONS = (
+    click.option("--window", metavar="LEVEL,WIDTH", help="The grey values were made with this window."),
+    click.option("--hu-offset", type=float, help="Added to raw values, for example -1024."),
+    click.option("--assume-orientation", metavar="RAS", help="Axis codes of a NIfTI file that has none."),
+    click.option("--nan-fill", type=float, help="Value for voxels that are no numbers."),
+    click.option("--volume", type=int, help="Which of a 4-D file, or which series, largest first."),
+    click.option("--first-slice", default="top", show_default=True, help="Of a stack: top or bottom."),
+    click.option("--pictures", default="stack", show_default=True,
+                 help="Pictures in one folder: stack (one case) or slices (each a case)."),
+    click.option("--lungs", help="Lung mask (1 right, 2 left), or a folder of them."),
+    click.option("--lobes", help="Lobe mask (1..5), or a folder of them."),
+    click.option("--label-map", multiple=True, metavar="[MASK:]VALUE=LABEL,...",
+                 help="What values mean: of the infection mask, or lungs:..., lobes:..."),
+    click.option("--binarize", multiple=True, metavar="[MASK:]T", help="Above T is 1: for grey masks."),
+    click.option("--ignore-affine", is_flag=True, help="Trust the order of the voxels of a mask."),
+    click.option("--situs-inversus", is_flag=True, help="The right lung really lies on the left."),
+    click.option("--lung-engine", default="classical", show_default=True,
+                 help="classical, lungmask or totalsegmentator."),
+    click.option("--lung-model", help="Model of lungmask."),
+    click.option("--lung-weights", help="Weights of the lung engine."),
+    click.option("--lung-weights-sha256", help="Their expected hash."),
+    click.option("--weights", help="Single-class network: a .safetensors file of covidsev export."),
+    click.option("--weights-multi", help="Multi-class network behind it."),
+    click.option("--weights-sha256", help="Expected hash of --weights."),
+    click.option("--threshold", type=float, help="Instead of the one in the weights file."),
+    click.option("--tta", is_flag=True, help="Average over mirror images."),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto."),
+    click.option("--batch-size", default=8, show_default=True),
+    click.option("--id-salt", help="Case ids are hashes with this salt; no file name is kept."),
+    click.option("--cache", type=click.Path(file_okay=False), help="Keep lung masks here between runs."),
+    click.option("--resume", is_flag=True, help="Take over cases that are finished."),
+    click.option("-o", "--out", required=True, type=click.Path(file_okay=False),
+                 help="Folder for the results."),
+    click.argument("path", metavar="IN"),
+)
+
+
+def _scan_options(command: Callable) -> Callable:
+    """Adds the options that `segment` and `severity` share."""
+    for add in reversed(_SCAN_OPTIONS):
+        command = add(command)
+    return command
+
+
+def _process(task: str, path: str, out: str, resume: bool, **words: Any) -> int:
+    """Runs `process_cases`, prints its lines, and returns its exit status."""
+    from covidsev.cases import Options, process_cases
+
+    words |= {"window": parse_pair(words["window"], "LEVEL,WIDTH, such as -600,1500"),
+              "label_map": parse_label_maps(words["label_map"]), "binarize": parse_cuts(words["binarize"])}
+    batch = process_cases(path, out, Options(task=task, **words), resume=resume, echo=click.echo)
+    more = f", {batch.n_resumed} of them from before" if batch.n_resumed else ""
+    click.echo(f"{len(batch.rows)} finished{more}, {len(batch.failures)} failed; run {batch.run_id}: {out}")
+    if batch.failures:
+        listed = Path(out) / "failures.csv"
+        click.echo(f"see {listed}; after mending: the same command with --resume", err=True)
+    return batch.exit_code
+
+
 @main.command()
+@_scan_options
+def segment(path: str, out: str, resume: bool, **words: Any) -> int:
+    """Predict the infection mask of the scan IN, or of each scan in the folder IN."""
+    return _process("segment", path, out, resume, **words)
+
+
+@main.command()
+@_scan_options
+@click.option("--infection", help="Infection mask, or a folder of them; then no weights are needed.")
+@click.option("--strict", is_flag=True, help="A suspicious lung mask is an error.")
+@click.option("--level", type=float, help="Height of a single slice: 0 apex to 1 base.")
+@click.option("--min-fraction", default=0.01, show_default=True, help="Below this share a region scores 0.")
+@click.option("--allow-truncated", is_flag=True, help="Totals also for lungs that are cut off.")
+def severity(path: str, out: str, resume: bool, **words: Any) -> int:
+    """Score the scan IN, or each scan in the folder IN: CT-SS, other scores, masks and a report.
+
+    IN: a NIfTI file, a DICOM folder, a picture, or a folder of these. Not a medical device."""
+    return _process("severity", path, out, resume, **words)
+
+# %% ../nbs/17_cli.ipynb #cell-032
+@main.command()
+@click.argument("run", type=click.Path(file_okay=False))
+@click.option("-o", "--out", required=True, type=click.Path(), help="A .safetensors file, or a folder.")
+@click.option("--checkpoint", type=click.Path(dir_okay=False),
+              help="best.pt of the run (default: where the run left it).")
+@click.option("--onnx", is_flag=True, help="Write an ONNX file too, after checking that it answers the same.")
+def export(run: str, out: str, checkpoint: str | None, onnx: bool) -> None:
+    """Write the network of RUN (a folder like results/smoke/train_single/unet-seed0) as safetensors, with a
+    model card."""
+    from covidsev.export import card_path, export_run, import_onnx, load_model, save_onnx
+    from covidsev.provenance import sha256_file
+
+    if onnx:
+        import_onnx()  # a missing package is said before anything is written
+    path = export_run(run, checkpoint, out)
+    click.echo(f"wrote {path}\nsha256 {sha256_file(path)}\nwrote {card_path(path)}")
+    if onnx:
+        parity = save_onnx(path.with_suffix(".onnx"), *load_model(path))
+        click.echo(f"wrote {path.with_suffix('.onnx')}\nparity: logits differ by at most {parity.difference:.1e} of "
+                   f"the largest; {parity.changed} of {parity.pixels} pixels decided differently")
+
+# %% ../nbs/17_cli.ipynb #cell-036
+@main.command()
+@click.argument("what", default="all")
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option(
     "--out", type=click.Path(file_okay=False), help="Folder for the table (default: results/benchmark)."
 )
-def bench(repeats: int, threads: int, device: str, out: str | None) -> None:
-    """Measure our training and evaluation step against plain ones: ratios and memory."""
+def bench(what: str, repeats: int, threads: int, device: str, out: str | None) -> None:
+    """Measure our training and evaluation steps, and the severity of a volume, against plain ones: ratios
+    and memory."""
     from covidsev.benchmark import bench as measure
+    from covidsev.config import check_choice
+    from covidsev.speed import bench_volume as measure_volume
 
-    measure(repeats=repeats, threads=threads, device=device, out_dir=out or repo_root() / "results" / "benchmark")
+    check_choice("benchmark", what, ("all", "steps", "volume"))
+    folder = Path(out or repo_root() / "results" / "benchmark")
+    if what != "volume":
+        measure(repeats=repeats, threads=threads, device=device, out_dir=folder)
+    if what != "steps":
+        measure_volume(repeats=repeats, threads=threads, out_dir=folder)
+
+
+def _verify_claims(profile: str, root: Path, as_json: bool) -> int:
+    """Prints the register of claims; a claim that fails is an answer, not a fault, so that the status is 0."""
+    from covidsev.claims import claims_table, register
+
+    found = register(profile, root)
+    click.echo(found.to_json(orient="records", indent=1) if as_json else claims_table(found))
+    return 0
 
 
 @main.command()
+@click.argument("names", nargs=-1)
 @_PROFILE
 @_OUT
-def verify(profile: str, out: str | None) -> int:
-    """Compare the files of a profile with its manifest; status 1 if one is missing or differs."""
-    from covidsev.experiments import Places, check_manifest
+@click.option("--sums", is_flag=True, help="Only checksums: draw nothing again.")
+@click.option("--claims", is_flag=True, help="Print each claim of the drafts with PASS, FAIL or NOT TESTED.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def verify(names: tuple, profile: str, out: str | None, sums: bool, claims: bool, as_json: bool) -> int:
+    """Check the files of a profile by checksum, and its tables and figures (all, or NAMES) by drawing them again;
+    status 1 if one is missing or differs."""
+    root = Path(out or repo_root())
+    if claims:
+        return _verify_claims(profile, root, as_json)
+    from covidsev.lineage import BAD, count_checks
+    from covidsev.lineage import verify as check
 
-    places = Places(Path(out or repo_root()))
-    if not (places.results(profile) / "manifest.json").is_file():
-        raise ConfigError("there is no manifest", file=places.results(profile),
-                          fix=f"run: covidsev reproduce --profile {profile}")
-    faults = check_manifest(places, profile)
-    click.echo("\n".join(faults) or f"all files of {profile} are as in the manifest")
+    checks = check(profile, names, root, draw=not sums, report=lambda line: click.echo(line, err=True))
+    faults = [each for each in checks if each.status in BAD]
+    if as_json:
+        click.echo(json.dumps([vars(each) for each in checks], indent=1))
+        return 1 if faults else 0
+    for each in checks:
+        if each.status != "exact":
+            click.echo(f"{each.path} {each.status} ({each.how}{': ' if each.detail else ''}{each.detail})")
+    click.echo(f"{profile}: " + ", ".join(f"{number} {status}" for status, number in count_checks(checks).items()))
     return 1 if faults else 0
+
+
+@main.command()
+@click.argument("name")
+def where(name: str) -> None:
+    """Name the notebook and cell that a definition, a table, a figure or a result file comes from."""
+    from covidsev.lineage import where as find
+
+    for origin in find(name):
+        click.echo(origin)
+
+
+@main.command()
+@click.argument("names", nargs=-1)
+@click.option("--format", "form", default="mermaid", show_default=True, help="mermaid, dot or svg.")
+def graph(names: tuple, form: str) -> None:
+    """Print the graph from notebook to result to figure, whole or for NAMES and what they need."""
+    from covidsev.lineage import graph_text, lineage_graph
+
+    click.echo(graph_text(lineage_graph(names=names), form), nl=False)
+
+
+@main.command()
+def metadata() -> None:
+    """Write CITATION.cff, codecheck.yml and the checklists anew from their sources."""
+    from covidsev.lineage import write_metadata
+
+    click.echo("\n".join(f"wrote {name}" for name in write_metadata()) or "all of them are up to date")

@@ -265,7 +265,7 @@ def case_grid(rows: Mapping[str, Mapping[str, tuple]], kind: str, stamp_text: st
     closed figure."""
     fig, axes, names = _grid_of(rows)
     for line, (title, cases) in zip(axes, rows.items()):
-        line[0].set_ylabel(title, fontsize=7.5)
+        line[0].set_ylabel(textwrap.fill(title, 22), fontsize=7.5)
         for k, name in enumerate(names):
             for ax, picture in zip(line[2 * k:], _case_pictures(cases[name], kind)):
                 ax.imshow(picture, interpolation="nearest")
@@ -303,7 +303,7 @@ def class_grid(rows: Mapping[str, Mapping[str, tuple]], kind: str, stamp_text: s
     prediction for each rank; a closed figure."""
     fig, axes, names = _grid_of(rows)
     for line, (title, cases) in zip(axes, rows.items()):
-        line[0].set_ylabel(title, fontsize=7.5)
+        line[0].set_ylabel(textwrap.fill(title, 22), fontsize=7.5)
         for k, name in enumerate(names):
             image, truth, prediction, dice = cases[name]
             _show_labels(line[2 * k], image, truth, kind, f"{name}: truth")

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['NOMINAL_WIDTH_MM', 'AIRWAY_CM2', 'DARK_HU', 'SMALL_PIECE_ML', 'SMALL_PIECE_SHARE', 'SECOND_LUNG', 'CLOSE_MM',
            'GATE_MM', 'NEAR_MM', 'GATE_HU', 'REPAIR_WARNING', 'REPAIR_ERROR', 'LITRES', 'AREA_SHARE', 'ASYMMETRY',
-           'AREA_JUMP', 'LOBES', 'ENGINES', 'LungSegmentationError', 'Sizes', 'to_planes', 'from_planes', 'plane_sizes',
-           'otsu', 'find_body', 'split_lungs', 'repair_lungs', 'check_lungs', 'LungMask', 'check_sides',
-           'segment_lungs', 'LungSegmenter', 'ClassicalEngine', 'verify_weights', 'LungmaskEngine',
-           'TotalSegmentatorEngine', 'lung_engine']
+           'AREA_JUMP', 'UPSIDE_DOWN', 'LOBES', 'ENGINES', 'LungSegmentationError', 'Sizes', 'to_planes', 'from_planes',
+           'plane_sizes', 'otsu', 'find_body', 'split_lungs', 'repair_lungs', 'top_to_base_width', 'z_suspect',
+           'check_lungs', 'LungMask', 'check_sides', 'segment_lungs', 'complete_lungs', 'LungSegmenter',
+           'ClassicalEngine', 'verify_weights', 'LungmaskEngine', 'TotalSegmentatorEngine', 'lung_engine']
 
 # %% ../nbs/12_lungs.ipynb #cell-002
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -472,6 +472,26 @@ def _check_extent(counts: np.ndarray, sizes: Sizes, body: np.ndarray | None, pla
         yield f"lung_asymmetry: left to right {ratio:.2f}, expected {ASYMMETRY[0]} to {ASYMMETRY[1]}"
 
 
+UPSIDE_DOWN = 1.1  # how much wider the top may be than the base
+
+
+def top_to_base_width(lungs: np.ndarray) -> float | None:
+    """How many times as wide lungs (X, Y, Z), Z up, are in their top 15 % of slices as in their lowest; None
+    if empty."""
+    wide = (lungs != 0).any(axis=1)
+    width = np.array([np.ptp(np.flatnonzero(row)) + 1 for row in wide.T if row.any()], float)
+    if not width.size:
+        return None
+    end = max(1, round(0.15 * len(width)))
+    return float(width[-end:].mean() / width[:end].mean())
+
+
+def z_suspect(ratio: float) -> str:
+    """The warning for lungs that are `ratio` times as wide at the top as at the base, more than
+    `UPSIDE_DOWN`."""
+    return f"z_suspect: the lungs are {ratio:.1f} times as wide at the top as at the base; upside down?"
+
+
 def _check_planes(lungs: np.ndarray) -> Iterator[str]:
     """Warnings on how the lungs lie in the field of view; lungs: bool (Z, Y, X)."""
     if lungs[:, [0, -1]].any() or lungs[:, :, [0, -1]].any():
@@ -486,12 +506,9 @@ def _check_planes(lungs: np.ndarray) -> Iterator[str]:
     jump = np.abs(np.diff(inside)).max(initial=0) / area.max()
     if jump > AREA_JUMP:
         yield f"lung_area_jump: {100 * jump:.0f} % between two slices"
-    wide = lungs[area > 0].any(axis=1)
-    width = np.array([np.ptp(np.flatnonzero(row)) + 1 for row in wide], float)
-    end = max(1, round(0.15 * len(width)))
-    ratio = float(width[-end:].mean() / width[:end].mean())
-    if ratio > 1.1 and not (area[0] or area[-1]):
-        yield f"z_suspect: the lungs are {ratio:.1f} times as wide at the top as at the bottom; upside down?"
+    ratio = top_to_base_width(lungs.T)
+    if ratio is not None and ratio > UPSIDE_DOWN and not (area[0] or area[-1]):
+        yield z_suspect(ratio)
 
 
 def check_lungs(labels: np.ndarray, spacing_mm: tuple[float, ...] | None = None,
@@ -542,7 +559,7 @@ def check_sides(labels: np.ndarray, situs_inversus: bool = False) -> None:
         raise GeometryError("right lung lies on patient's left",
                             found=f"centres at column {right:.0f} and {left:.0f}",
                             expected="label 1 on the patient's right",
-                            fix="swap the labels (--label-map 1=2,2=1); pass --situs-inversus if real")
+                            fix="swap the labels (--label-map lungs:1=2,2=1); pass --situs-inversus if real")
 
 
 def _given(lungs: np.ndarray, spacing_mm: tuple[float, ...] | None,
@@ -581,13 +598,30 @@ def segment_lungs(image: np.ndarray, spacing_mm: tuple[float, ...] | None = None
     else:
         raw, how = _classical(planes, body, unit, sizes)
         raw = np.where(raw > 0, 3 - raw, 0).astype(np.uint8) if situs_inversus else raw
-    labels, fraction = raw, 0.0
+    found = from_planes(raw, image.ndim)
+    mask = LungMask(found, found, "lungs", "classical" if lungs is None else "given", how)
+    return _completed(mask, image, spacing_mm, unit, body, infection, strict)
+
+
+def _completed(mask: LungMask, image: np.ndarray, spacing_mm: tuple[float, ...] | None, unit: str,
+               body: np.ndarray, infection: np.ndarray | None, strict: bool) -> LungMask:
+    """`mask.raw` repaired and checked; body: (Z, Y, X)."""
+    labels, fraction = to_planes(mask.raw), 0.0
     if infection is not None:
-        labels, fraction = _repair(raw, to_planes(np.asarray(infection) > 0), planes, body, unit, sizes)
-    method = "classical" if lungs is None else "given"
-    return _finish(LungMask(from_planes(labels, image.ndim), from_planes(raw, image.ndim), "lungs", method,
-                            how, fraction),
-                   spacing_mm, from_planes(body, image.ndim), strict)
+        labels, fraction = _repair(labels, to_planes(np.asarray(infection) > 0), to_planes(image), body, unit,
+                                   plane_sizes(image.shape, spacing_mm))
+    mask = replace(mask, labels=from_planes(labels, image.ndim), repair_fraction=fraction, warnings=[])
+    return _finish(mask, spacing_mm, from_planes(body, image.ndim), strict)
+
+
+def complete_lungs(mask: LungMask, image: np.ndarray, spacing_mm: tuple[float, ...] | None = None,
+                   unit: str = "HU", *, infection: np.ndarray | None = None,
+                   strict: bool = False) -> LungMask:
+    """The last part of `segment_lungs` for lungs that were found before: `raw` repaired and checked.
+
+    mask: of kind "lungs", from any engine. Errors as in `segment_lungs`."""
+    body = _body(to_planes(image), unit, plane_sizes(image.shape, spacing_mm))
+    return _completed(mask, image, spacing_mm, unit, body, infection, strict)
 
 
 def _finish(mask: LungMask, spacing_mm: tuple[float, ...] | None, body: np.ndarray | None,
@@ -629,12 +663,12 @@ def verify_weights(path: str | Path, sha256: str | None = None) -> str:
     path = Path(path)
     if not path.is_file():
         raise ConfigError("the weights are not there", file=path,
-                          fix="download them, and name the file: --weights FILE")
+                          fix="download them, and name the file: --lung-weights FILE")
     in_name = re.search(r"-([0-9a-f]{8,64})$", path.stem)
     expected = sha256 or (in_name and in_name[1])
     if not expected:
         raise ConfigError("nothing says which weights these should be", file=path,
-                          fix="give their SHA-256: --weights-sha256 HEX")
+                          fix="give their SHA-256: --lung-weights-sha256 HEX")
     found = sha256_file(path)
     if not found.startswith(expected.lower()):
         raise ChecksumError("these are other weights, or they are damaged", file=path, found=found,

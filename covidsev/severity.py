@@ -8,11 +8,11 @@ __all__ = ['LOBES', 'REGIONS', 'LOBE_OF_REGION', 'LOBE_FILL_WARNING', 'LOBE_FILL
            'RegionGeometry', 'slice_levels', 'fill_lobes', 'partition_regions', 'count_regions', 'fractions',
            'extent_score', 'ScoreSum', 'sum_scores', 'ct_ss_by_floor', 'slice_sectors', 'pan_score', 'lobe_score',
            'mosmed_class', 'total', 'density_measures', 'lesion_mass_g', 'peripheral_zone', 'lesion_components',
-           'drop_fragments', 'SeverityResult', 'severity', 'score_scan']
+           'drop_fragments', 'SeverityResult', 'result_row', 'severity', 'score_scan']
 
 # %% ../nbs/13_severity.ipynb #cell-002
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,8 @@ from scipy import ndimage
 
 from .config import (CONSOLIDATION, GGO, ConfigError, GeometryError, IntensityError, MaskError,
                              check_choice)
-from .lungs import LungSegmentationError, check_sides
+from .lungs import (UPSIDE_DOWN, LungSegmentationError, check_sides, top_to_base_width,
+                            z_suspect)
 from .metrics import as_mask
 from .scans import Scan, turn_picture
 
@@ -540,14 +541,6 @@ def _check_one_label(lungs: NDArray[np.uint8]) -> None:
                             found=f"only label {lungs.max()}, in two pieces side by side",
                             expected="1 right lung, 2 left lung", fix="split it: covidsev.lungs.split_lungs")
 
-
-def _upside_down(lungs: NDArray[np.uint8]) -> bool:
-    """Whether the lungs are wider at their top than at their base, which lungs are not."""
-    across, along = lungs.any(axis=1), lungs.any(axis=0)
-    spread = (across.sum(axis=0) * along.sum(axis=0))[_span(across.any(axis=0))]
-    fifth = len(spread) // 5
-    return bool(fifth and spread[:fifth].mean() < spread[-fifth:].mean())
-
 # %% ../nbs/13_severity.ipynb #cell-059
 SCHEMA = "covidsev.severity/1"
 _NOT_IN_ROW = {"geometry", "bounds", "bounds_strict", "regions", "unobserved", "sectors", "lobes",
@@ -628,10 +621,16 @@ class SeverityResult:
 
     def row(self) -> dict[str, Any]:
         """One flat row for a table of patients: every single value, and the score of each region."""
-        flat = {name: value for name, value in self.to_dict().items() if name not in _NOT_IN_ROW}
-        flat["low"], flat["high"] = self.bounds or (None, None)
-        flat |= {f"region_{region['id']:02d}": region["score"] for region in self.regions}
-        return flat | {"warnings": "; ".join(self.warnings)}
+        return result_row(self.to_dict())
+
+
+def result_row(result: Mapping[str, Any]) -> dict[str, Any]:
+    """`SeverityResult.row` of a result as `to_dict` gives it, or as it is read back from its JSON file."""
+    names = ["schema", *(each.name for each in fields(SeverityResult))]
+    flat = {name: result[name] for name in names if name not in _NOT_IN_ROW}
+    flat["low"], flat["high"] = result["bounds"] or (None, None)
+    flat |= {f"region_{region['id']:02d}": region["score"] for region in result["regions"]}
+    return flat | {"warnings": "; ".join(result["warnings"])}
 
 # %% ../nbs/13_severity.ipynb #cell-061
 @dataclass
@@ -715,12 +714,12 @@ def _notice(case: _Case, n_disagree: int) -> list[str]:
     outside, filled = case.shares["outside_fraction"] or 0, case.shares["lobe_fill_fraction"] or 0
     sides = [name for lung, name in ((1, "right"), (2, "left")) if (case.lungs == lung).any()]
     is_volume = case.method in ("lobes", "geometric")
+    ratio = top_to_base_width(case.lungs)
     found = {
         f"infection_outside_lung: {outside:.1%} of the infection lies outside the lungs": outside > 0.20,
         f"single_lung: only a {sides[0]} lung is there; nothing is said about the other": len(sides) == 1,
         "fov_truncated: the lungs touch the first or last slice; the regions are guesses": case.truncated,
-        "z_suspect: the lungs are wider at the top than at the base; is the volume upside down?":
-            is_volume and not case.truncated and _upside_down(case.lungs),
+        z_suspect(ratio or 0): is_volume and not case.truncated and ratio is not None and ratio > UPSIDE_DOWN,
         f"lobe_fill: {filled:.1%} of the lungs had no lobe and took the nearest": filled > LOBE_FILL_WARNING,
         f"labels_infection_differ: {n_disagree} lung voxels are in one of labels and infection only":
             n_disagree > 0,

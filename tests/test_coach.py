@@ -19,24 +19,19 @@ from covidsev.coach import (Channels, CoachNet, InpaintingInfNet, InpaintingNet,
 from covidsev.comparators import build_network
 from covidsev.config import CheckpointError, ConfigError, GeometryError, IntensityError, NonFiniteError
 from covidsev.datasets import load_phantom, to_tensors
-from covidsev.infnet import BACKBONES, DecoderWidths, InfNet, SmallResNet, count_parameters
+from covidsev.infnet import InfNet, count_parameters
 from covidsev.multiclass import FORMS, MultiClassUNet
+
+from tiny import tiny_backbone
 
 SIDE = 64  # pixels: a grid of 4 x 4 cells, of which a hard mask keeps 11
 KEPT = 11
 
 
-class TinyResNet(SmallResNet):
-    """The small backbone at a third of its width, so that these tests can train."""
-
-    out_channels, blocks, widths = (8, 16, 24, 32), (1, 1, 1, 1), DecoderWidths(8, 8, 16, 12, 8)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    BACKBONES["tiny"] = TinyResNet
-    yield
-    del BACKBONES["tiny"]
+    with tiny_backbone():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,10 @@ import pytest
 from covidsev.provenance import imports_of
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import shape  # noqa: E402
+
 LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
 MODULES = sorted(path for path in (ROOT / "covidsev").glob("*.py") if not path.name.startswith("_"))
@@ -194,17 +198,10 @@ def test_functions_are_short():
 
 
 def test_notebook_shape():
-    """Prints what each library notebook looks like (pytest -s shows it); only its size is a rule."""
-    for notebook in LIBRARY:
-        content = cells(notebook)
-        code = [cell for cell in content if cell["cell_type"] == "code"]
-        words = sum(len(cell["source"].split()) for cell in content if cell["cell_type"] == "markdown")
-        tests = sum(bool(re.search(r"^\s*(assert|test_\w+\(|with .*raises|np\.testing|assert_)", cell["source"], re.M)) for cell in code)
-        pictures = sum("image/png" in output.get("data", {}) for cell in code for output in cell.get("outputs", []))
-        size = notebook.stat().st_size
-        print(f"{notebook.stem:<18} words {words:>5}  code cells {len(code):>3}  testing {tests / len(code):4.0%}  "
-              f"pictures {pictures}  {size / 1000:5.0f} kB")
-        assert size <= 700_000, notebook.name
+    """Prints what each library notebook looks like beside what we aim at (pytest -s shows it); only the limits are rules."""
+    found = shape.shapes(ROOT)
+    print(shape.report(found))
+    assert not (beyond := shape.beyond_limits(found)), beyond
 
 
 def test_library_notebooks_kept_their_outputs():

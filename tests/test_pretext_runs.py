@@ -15,25 +15,19 @@ from covidsev.coach import Channels, InpaintingNet, Pretext, RotationNet
 from covidsev.config import CheckpointError, ConfigError, DataMissingError, LeakageError, NonFiniteError, RunLockedError
 from covidsev.comparators import build_network
 from covidsev.datasets import load_splits, to_tensors
-from covidsev.infnet import BACKBONES, DecoderWidths, SmallResNet
 from covidsev.multiclass import MultiClassUNet
 from covidsev.pretext_runs import (build_players, check_unseen, game_identity, harder_than_random, image_hashes, load_pretext_images,
                                    pretext_run, pretrain, pretrain_network, start_game)
 from covidsev.provenance import run_lock
 from covidsev.training import TrainingInterrupted, load_checkpoint, weights_hash
 
-
-class TinyResNet(SmallResNet):
-    """The small backbone at a third of its width, so that these tests can train."""
-
-    out_channels, blocks, widths = (8, 16, 24, 32), (1, 1, 1, 1), DecoderWidths(8, 8, 16, 12, 8)
+from tiny import tiny_backbone
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    BACKBONES["tiny"] = TinyResNet
-    yield
-    del BACKBONES["tiny"]
+    with tiny_backbone():
+        yield
 
 
 BASE = {"profile": "smoke", "row": "infnet_coach", "seed": 0, "data": "phantom", "size": 64, "n_train": 8, "n_test": 4, "val_slices": 4, "split_seed": 0,
@@ -157,10 +151,10 @@ def test_a_signal_saves_in_the_middle_and_the_resumed_run_has_the_same_bits(tmp_
 
 
 def _play_until_killed(folder: Path, at: int) -> None:
-    BACKBONES["tiny"] = TinyResNet
-    game = new_game(kind=StopsAt)
-    game.at, game.number = at, signal.SIGKILL
-    play(game, folder)
+    with tiny_backbone():
+        game = new_game(kind=StopsAt)
+        game.at, game.number = at, signal.SIGKILL
+        play(game, folder)
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, expected):

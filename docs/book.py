@@ -1,0 +1,433 @@
+"""Lays out the pages of the book from what the repository holds: notebooks, results, figures and modules.
+
+    python docs/book.py _docs/source
+
+Nothing is listed by hand: the numbers of the notebooks give the order, the registry and the folders the rest.
+Sphinx turns the result into pages (`make docs`).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import posixpath
+import re
+import sys
+from pathlib import Path
+
+from covidsev.experiments import Registry, load_registry
+
+import shape
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Reading order: a part takes the notebooks whose number is from the first up to, not including, the second.
+PARTS = {
+    "The problem and the data": [("02", "05")],
+    "The method": [("05", "12")],
+    "From masks to severity": [("12", "14"), ("14d", "14f")],
+    "Experiments and results": [("14", "14d"), ("14f", "15a")],
+    "Checking and tools": [("00", "02"), ("15a", "99")],
+}
+FENCE_OR_CODE = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]*`)", re.S)
+LINK = re.compile(r"(!?\[[^\]\n]*\])\(([^)\s]+)\)")
+AS_RUN = (
+    "As executed in the profile `smoke`: tiny networks on the embedded phantom. It shows what the notebook "
+    "does; the numbers of each profile are under *Results*."
+)
+NOT_RUN = "Not executed where this site was built: `make reproduce` runs it on the phantom."
+Files = dict[str, bytes]
+
+
+# ---------------------------------------------------------------- notebooks
+
+
+def site_path(path: str) -> str | None:
+    """Where a file of the repository stands on the site, or None. `nbs/` becomes the top."""
+    path = path.rstrip("/")
+    if path in ("nbs/experiments", "nbs/experiments/experiments.toml"):
+        return "experiments/index.md"
+    if path.startswith("nbs/"):
+        return path.removeprefix("nbs/")
+    if re.fullmatch(r"results/\w+/(tables/)?(claims|findings)\.md", path):
+        return "claims.md"
+    if path.startswith("results/checklists/"):
+        return path.removeprefix("results/")
+    if table := re.fullmatch(r"results/(\w+)(/tables(/\w+\.\w+)?)?", path):
+        return f"results/{table[1]}.md"
+    return path if path.startswith("figures/") else None
+
+
+def move_links(text: str, notebook: str) -> str:
+    """Markdown of `notebook` (a path in the repository) with its links as they are on the site.
+
+    What is not on the site (a licence, a source file) loses its link, not its words. Code is left alone."""
+    here = posixpath.dirname(notebook)
+    base = posixpath.dirname(site_path(notebook) or notebook)
+
+    def move(match: re.Match) -> str:
+        label, target = match.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return match[0]
+        path, mark, anchor = target.partition("#")
+        moved = site_path(posixpath.normpath(posixpath.join(here, path)))
+        return f"{label}({posixpath.relpath(moved, base or '.')}{mark}{anchor})" if moved else label[1:-1]
+
+    pieces = FENCE_OR_CODE.split(text)
+    return "".join(piece if k % 2 else LINK.sub(move, piece) for k, piece in enumerate(pieces))
+
+
+def page_of(notebook: dict, path: str, note: str = "") -> dict:
+    """A notebook as a page: nbdev's directives become tags, links lead to pages, `note` comes second."""
+    cells = [each for cell in notebook["cells"] if (each := _page_cell(cell, path))]
+    if note:
+        cells.insert(1, {"cell_type": "markdown", "metadata": {}, "source": f"```{{note}}\n{note}\n```"})
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number:03d}"
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    language = {"name": "python", "file_extension": ".py", "pygments_lexer": "ipython3"}
+    return {
+        "cells": cells,
+        "metadata": {"kernelspec": kernel, "language_info": language},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+
+
+def _page_cell(cell: dict, path: str) -> dict | None:
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return {"cell_type": "markdown", "metadata": {}, "source": move_links(source, path)}
+    directives = re.findall(r"^#\|\s*(\w+):?\s*(\S*)", source, re.M)
+    names = dict(directives)
+    if cell["cell_type"] != "code" or "default_exp" in names or "hide" in names:
+        return None
+    tags = [tag for tag in cell["metadata"].get("tags", []) if tag in ("parameters", "injected-parameters")]
+    tags += ["remove-input"] * (names.get("echo") == "false") + ["export"] * ("export" in names)
+    source = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
+    outputs = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+    return {
+        "cell_type": "code",
+        "execution_count": None,
+        "metadata": {"tags": tags},
+        "source": source,
+        "outputs": outputs,
+    }
+
+
+def dump(notebook: dict) -> bytes:
+    """A notebook as bytes, without the place of this checkout in it."""
+    text = json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True)
+    return text.replace(f"{ROOT}/", "").replace(str(ROOT), ".").encode()
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def head_of(notebook: dict) -> tuple[str, str]:
+    """Title and one-sentence blockquote of a notebook."""
+    text = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    title, quote = re.search(r"^# +(.+)$", text, re.M), re.search(r"^> *(.+)$", text, re.M)
+    return (title[1].strip() if title else "Untitled", quote[1].strip() if quote else "")
+
+
+def executed(root: Path, name: str, registry: Registry) -> Path | None:
+    """The notebook of experiment `name` as run in `smoke`: on the phantom, never on a real slice."""
+    folder = root / "results" / "smoke" / name
+    rows = list(registry.experiments[name].rows) if name in registry.experiments else []
+    places = [folder, *(folder / f"{row}-seed0" for row in rows)]
+    return next((place / "executed.ipynb" for place in places if (place / "executed.ipynb").is_file()), None)
+
+
+def library_pages(root: Path) -> Files:
+    """The library notebooks and the front door."""
+    paths = [root / "nbs" / "index.ipynb", *sorted((root / "nbs").glob("[0-9]*.ipynb"))]
+    return {path.name: dump(page_of(read_json(path), f"nbs/{path.name}")) for path in paths}
+
+
+def experiment_pages(root: Path, registry: Registry) -> Files:
+    """The experiment notebooks: as executed on the phantom if that was done here, else without outputs."""
+    pages = {}
+    for path in sorted((root / "nbs" / "experiments").glob("*.ipynb")):
+        run = executed(root, path.stem, registry)
+        page = page_of(read_json(run or path), f"nbs/experiments/{path.name}", AS_RUN if run else NOT_RUN)
+        pages[f"experiments/{path.name}"] = dump(page)
+    return pages
+
+
+# ---------------------------------------------------------------- order
+
+
+def natural(name: str) -> list:
+    """Sorts table10 behind table9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def toctree(pages: list[str], caption: str = "", hidden: bool = True) -> str:
+    options = [f":caption: {caption}"] * bool(caption) + [":hidden:"] * hidden + [":maxdepth: 1"]
+    return "\n".join(["```{toctree}", *options, "", *pages, "```", ""])
+
+
+def part_of(name: str) -> str:
+    """The part of the book in which the library notebook `name` stands."""
+    number = name.split("_", 1)[0]
+    return next(
+        (part for part, ranges in PARTS.items() if any(a <= number < b for a, b in ranges)), list(PARTS)[-1]
+    )
+
+
+def contents(pages: Files) -> str:
+    """The table of contents of the front page, part by part."""
+    library = sorted(page.removesuffix(".ipynb") for page in pages if re.match(r"\d\w*\.ipynb$", page))
+    others = {
+        "Experiments and results": ["claims", "results/index", "experiments/index"],
+        "Checking and tools": [
+            "shape",
+            *sorted(p.removesuffix(".md") for p in pages if re.match("about/|checklists/", p)),
+        ],
+    }
+    parts = []
+    for part in PARTS:
+        first = others.get(part, []) if part == "Experiments and results" else []
+        last = others.get(part, []) if not first else []
+        parts.append(toctree(first + [name for name in library if part_of(name) == part] + last, part))
+    return "\n".join([*parts, toctree(["api/index"], "API")])
+
+
+def experiments_index(pages: Files, registry: Registry) -> bytes:
+    """The list of experiments, in groups: findings, tables, figures, then the runs that they read."""
+    groups: dict[str, list[str]] = {"Findings and checks": [], "Tables": [], "Figures": [], "Runs": []}
+    for page in sorted((page for page in pages if page.startswith("experiments/")), key=natural):
+        name = Path(page).stem
+        kind = registry.experiments[name].kind if name in registry.experiments else ""
+        group = (
+            "Tables"
+            if name.startswith("table")
+            else "Figures"
+            if name.startswith("figure")
+            else "Runs"
+            if kind == "compute"
+            else "Findings and checks"
+        )
+        groups[group].append(name)
+    text = (
+        "# The experiments\n\nEach notebook tests a claim. Runs compute and write `results/`; tables and figures "
+        "only read it.\n\n"
+    )
+    for group, names in groups.items():
+        lines = [
+            f"- [{head_of(json.loads(pages[f'experiments/{name}.ipynb']))[0]}]({name}.ipynb)"
+            for name in names
+        ]
+        text += "\n".join([f"## {group}", "", *lines, "", toctree(names), ""]) if names else ""
+    return text.encode()
+
+
+# ---------------------------------------------------------------- results
+
+
+def results_pages(root: Path, pages: Files, registry: Registry) -> Files:
+    """A page a profile with its tables and figures, one with the printed numbers, and their files."""
+    made: Files = {}
+    profiles = sorted(path.name for path in (root / "results").glob("*") if (path / "tables").is_dir())
+    profiles += sorted({path.name for path in (root / "figures").glob("*") if path.is_dir()} - set(profiles))
+    for profile in profiles:
+        made |= profile_page(root, profile, pages, registry)
+    made |= published_page(root)
+    names = [*profiles, "published"]
+    made["results/index.md"] = (
+        "# Results\n\nWhat was computed, profile by profile, and what the drafts and related papers "
+        "print.\n\n" + toctree(names, hidden=False)
+    ).encode()
+    return made
+
+
+def profile_page(root: Path, profile: str, pages: Files, registry: Registry) -> Files:
+    made: Files = {}
+    title = registry.profiles[profile].title if profile in registry.profiles else ""
+    text = f"# Profile {profile}\n\n{title[:1].upper()}{title[1:]}\n\n## Tables\n\n"
+    folder = root / "results" / profile / "tables"
+    tables = [
+        path for path in folder.glob("*.md") if path.stem not in ("claims", "findings")
+    ]  # on their own page
+    for path in sorted(tables, key=lambda path: natural(path.name)):
+        files = [each for each in sorted(folder.glob(f"{path.stem}.*")) if each.suffix != ".md"]
+        made |= {f"results/{profile}/{each.name}": each.read_bytes() for each in files}
+        links = ", ".join(f"{{download}}`{each.suffix[1:]} <{profile}/{each.name}>`" for each in files)
+        body = move_links(path.read_text(encoding="utf-8"), f"results/{profile}.md")
+        text += f"### {_link(path.stem, pages)}\n\n{body.strip()}\n\n{'Files: ' + links if files else ''}\n\n"
+    text = text if made else text.replace("## Tables\n\n", "")
+    text += "## Figures\n\n"
+    for path in sorted((root / "figures" / profile).glob("*.png")):
+        made |= {
+            f"figures/{profile}/{each.name}": each.read_bytes()
+            for each in sorted(path.parent.glob(f"{path.stem}.*"))
+        }
+        text += _figure(path, profile, pages)
+    return made | {f"results/{profile}.md": text.encode()}
+
+
+def _link(name: str, pages: Files) -> str:
+    """The title of experiment `name`, as a link to it if it has a page."""
+    page = pages.get(f"experiments/{name}.ipynb")
+    return f"[{head_of(json.loads(page))[0]}](../experiments/{name}.ipynb)" if page else name
+
+
+def _figure(path: Path, profile: str, pages: Files) -> str:
+    """A figure with the words of the notebook that draws it, and its SVG to keep."""
+    makers = [Path(page).stem for page in pages if page.startswith("experiments/figure_")]
+    fits = [name for name in makers if path.stem.startswith(name.removeprefix("figure_").removesuffix("s"))]
+    name = max(fits, key=len, default="")
+    label = path.stem.replace("_", " ")
+    words = [f"**{label[:1].upper()}{label[1:]}.**"]
+    if name:
+        words += [head_of(json.loads(pages[f"experiments/{name}.ipynb"]))[1], f"From {_link(name, pages)}."]
+    if path.with_suffix(".svg").is_file():
+        words.append(f"{{download}}`svg <../figures/{profile}/{path.stem}.svg>`")
+    head = [f"```{{figure}} ../figures/{profile}/{path.name}", f":alt: {label}, profile {profile}"]
+    return "\n".join([*head, "", " ".join(words), "```", "", ""])
+
+
+def published_page(root: Path) -> Files:
+    made: Files = {}
+    text = "# Printed numbers\n\nWhat drafts and related papers print, with the place of each number.\n\n"
+    for path in sorted((root / "results" / "published").glob("*.csv")):
+        made[f"results/published/{path.name}"] = path.read_bytes()
+        text += f"## {path.stem.replace('_', ' ')}\n\n"
+        text += f"```{{csv-table}}\n:file: published/{path.name}\n:header-rows: 1\n```\n\n"
+    return made | {"results/published.md": text.encode()}
+
+
+def claims_page(root: Path) -> bytes:
+    """The findings and the register of claims of every profile that has them."""
+    found: dict[str, list[Path]] = {}
+    for pattern in ("*/tables/findings.md", "*/claims.md", "*/tables/claims.md"):
+        for path in sorted((root / "results").glob(pattern)):
+            found.setdefault(path.relative_to(root / "results").parts[0], []).append(path)
+    if not found:
+        return (
+            b"# The claims\n\n```{note}\nNo register of claims was written where this site was built.\n```\n"
+        )
+    text = "# The claims\n\nWhat the paper states, the test that decides it, and what we find.\n\n"
+    for profile in sorted(found):
+        text += f"## Profile {profile}\n\n"
+        for path in found[profile]:
+            body = move_links(path.read_text(encoding="utf-8"), path.relative_to(root).as_posix())
+            text += re.sub(r"^(#+) ", r"##\1 ", body, flags=re.M).strip() + "\n\n"
+    return text.encode()
+
+
+# ---------------------------------------------------------------- reference
+
+
+def exported_names(path: Path) -> list[str]:
+    """The public functions and classes of a module, read and not imported."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return [node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
+def api_page(notebook: Path, module: Path) -> bytes:
+    """A module: its names in short, then in full, from the docstrings."""
+    name = f"covidsev.{module.stem}"
+    names = [f"   {each}" for each in exported_names(module)]
+    lines = [
+        f"# {name}",
+        "",
+        f"Written in [{notebook.stem}](../{notebook.name}).",
+        "",
+        "```{eval-rst}",
+        f".. currentmodule:: {name}",
+        "",
+        ".. autosummary::",
+        "   :nosignatures:",
+        "",
+        *names,
+        "",
+        f".. automodule:: {name}",
+        "   :members:",
+        "```",
+        "",
+    ]
+    return "\n".join(lines).encode()
+
+
+def api_pages(root: Path) -> Files:
+    """A page a module, and their list in the order of the notebooks."""
+    made, rows, modules = {}, [], []
+    for notebook in sorted((root / "nbs").glob("[0-9]*.ipynb")):
+        module = root / "covidsev" / f"{notebook.stem.split('_', 1)[1]}.py"
+        if module.is_file():
+            name = f"covidsev.{module.stem}"
+            made[f"api/{name}.md"] = api_page(notebook, module)
+            modules.append(name)
+            rows.append(f"| [{name}]({name}.md) | {_first_line(module)} |")
+    index = [
+        "# API reference",
+        "",
+        "One module a notebook, in the order in which they may import each other.",
+        "",
+        "| module | what it is for |",
+        "|---|---|",
+        *rows,
+        "",
+        toctree(modules),
+    ]
+    return made | {"api/index.md": "\n".join(index).encode()}
+
+
+def _first_line(path: Path) -> str:
+    words = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return words.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+
+
+# ---------------------------------------------------------------- all together
+
+
+def pages_of(root: Path = ROOT) -> Files:
+    """Every page and picture of the site, by its path there."""
+    registry = load_registry(root / "nbs" / "experiments" / "experiments.toml")
+    pages = library_pages(root) | experiment_pages(root, registry)
+    pages |= {f"about/{path.name}": path.read_bytes() for path in sorted((root / "docs").glob("*.md"))}
+    for path in sorted((root / "results" / "checklists").glob("*.md")):
+        here = path.relative_to(root).as_posix()
+        pages[f"checklists/{path.name}"] = move_links(path.read_text(encoding="utf-8"), here).encode()
+    pages |= results_pages(root, pages, registry) | api_pages(root)
+    pages |= {
+        "experiments/index.md": experiments_index(pages, registry),
+        "claims.md": claims_page(root),
+        "shape.md": shape.page(root).encode(),
+    }
+    front = json.loads(pages["index.ipynb"])
+    front["cells"].append(
+        {"cell_type": "markdown", "id": "contents", "metadata": {}, "source": contents(pages)}
+    )
+    linked = {
+        target
+        for page in front["cells"]
+        for target in re.findall(r"\((figures/[\w/.]+)\)", "".join(page["source"]))
+    }
+    pages |= {target: (root / target).read_bytes() for target in linked if (root / target).is_file()}
+    return pages | {"index.ipynb": dump(front)}
+
+
+def write_tree(folder: Path, files: Files) -> int:
+    """Make `folder` hold exactly `files`; returns how many were written. Equal files keep their time."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).as_posix() not in files:
+            path.unlink()
+    changed = {
+        name: data
+        for name, data in files.items()
+        if not (folder / name).is_file() or (folder / name).read_bytes() != data
+    }
+    for name, data in changed.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return len(changed)
+
+
+if __name__ == "__main__":
+    pages = pages_of()
+    print(f"{len(pages)} files of the book, {write_tree(Path(sys.argv[1]), pages)} of them new or changed")
