@@ -21,7 +21,7 @@ ROOT = repo_root()
 
 
 TOY = """
-[profiles.smoke]
+[profiles.cpu]
 title = "toy"
 seeds = [0]
 rows.train_single = ["sinfnet"]
@@ -38,7 +38,7 @@ kind = "render"
 needs = ["train_single"]
 outputs = ["tables/table2_dice.csv", "tables/table2_dice.md", "tables/table2_dice.tex"]
 """
-SETTINGS = 'profile = "smoke"\nresults = ""\noutput = ""'
+SETTINGS = 'profile = "cpu"\nresults = ""\noutput = ""'
 TABLE = """
 from covidsev import experiments, tables
 from pathlib import Path
@@ -70,17 +70,17 @@ def registry(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory, registry):
-    """One real run of the smoke profile in a folder of its own, with the table drawn from it, and a manifest."""
+    """One real run of profile cpu in a folder of its own, with the table drawn from it, and a manifest."""
     root = tmp_path_factory.mktemp("copy")
-    source = "results/smoke/train_single/sinfnet-seed0"
+    source = "results/cpu/train_single/sinfnet-seed0"
     shutil.copytree(ROOT / source, root / source, ignore=shutil.ignore_patterns("executed.ipynb", "*.failed.ipynb"))
-    places, run = Places(root), resolve(registry, "smoke", "table2_dice")
+    places, run = Places(root), resolve(registry, "cpu", "table2_dice")
     made = lineage.rederive(run, places, root / "first")
     for name in made:
         write_bytes(places.destination(run, name), (root / "first" / name).read_bytes())
     record = read_json(root / "first/run.json")
     write_json(places.folder(run) / "run.json", {**record, "run": run.name, "outputs": dict.fromkeys(run.outputs, "")})
-    write_manifest(places, "smoke")
+    write_manifest(places, "cpu")
     return places
 
 
@@ -92,12 +92,12 @@ def faulty(copy, tmp_path):
 
 
 def statuses(places, registry, **options):
-    checks = lineage.verify("smoke", ["table2"], places.root, registry, **options)
+    checks = lineage.verify("cpu", ["table2"], places.root, registry, **options)
     return {(each.path.rpartition("table2_dice")[2], each.how): each.status for each in checks if "tables/table2_dice" in each.path}
 
 
 def test_two_renders_give_the_same_bytes(copy, registry):
-    run = resolve(registry, "smoke", "table2_dice")
+    run = resolve(registry, "cpu", "table2_dice")
     made = lineage.rederive(run, copy, copy.root / "second")
     assert {name for name in made if "/" in name} == set(run.outputs)
     for name in run.outputs:
@@ -105,10 +105,10 @@ def test_two_renders_give_the_same_bytes(copy, registry):
 
 
 def test_figures_come_out_with_the_same_bytes_in_another_process(copy, whole, tmp_path):
-    run = resolve(whole, "smoke", "figure_learning_curves")
+    run = resolve(whole, "cpu", "figure_learning_curves")
     lineage.rederive(run, copy, tmp_path / "here")
     code = ("import sys; from pathlib import Path; from covidsev.lineage import rederive; from covidsev.experiments import *; "
-            "rederive(resolve(load_registry(), 'smoke', 'figure_learning_curves'), Places(Path(sys.argv[1])), Path(sys.argv[2]))")
+            "rederive(resolve(load_registry(), 'cpu', 'figure_learning_curves'), Places(Path(sys.argv[1])), Path(sys.argv[2]))")
     subprocess.run([sys.executable, "-c", code, str(copy.root), str(tmp_path / "there")], check=True, cwd=ROOT)
     for name in run.outputs:
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
@@ -122,27 +122,27 @@ def test_untouched_results_are_exact_and_nothing_is_written(copy, registry):
 
 
 def test_each_fault_has_its_status(faulty, registry):
-    folder = faulty.results("smoke") / "tables"
+    folder = faulty.results("cpu") / "tables"
     (folder / "table2_dice.tex").unlink()
     (folder / "table2_dice.md").write_text((folder / "table2_dice.md").read_text(encoding="utf-8").replace("NOT TESTED", "PASS"), encoding="utf-8")
     found = statuses(faulty, registry)
     assert found[".tex", "checksum"] == found[".tex", "drawn again"] == "missing"
     assert found[".md", "checksum"] == found[".md", "drawn again"] == "differs"
     assert found[".csv", "checksum"] == found[".csv", "drawn again"] == "exact"
-    done = CliRunner().invoke(main, ["verify", "--sums", "--out", str(faulty.root)])
+    done = CliRunner().invoke(main, ["verify", "--profile", "cpu", "--sums", "--out", str(faulty.root)])
     assert done.exit_code == 1 and "table2_dice.md differs" in done.output and "1 missing" in done.output
 
 
 def test_changed_run_shows_in_the_table_that_reads_it(faulty, registry):
-    path = faulty.results("smoke") / "train_single/sinfnet-seed0/metrics.csv"
+    path = faulty.results("cpu") / "train_single/sinfnet-seed0/metrics.csv"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(line if not line.startswith("test,dice,") else "test,dice,0.987654321,12" for line in lines) + "\n")
     assert statuses(faulty, registry)[".csv", "drawn again"] == "differs"
 
 
 def test_render_that_fails_is_missing_and_says_why(faulty, registry):
-    shutil.rmtree(faulty.results("smoke") / "train_single")
-    checks = [each for each in lineage.verify("smoke", ["table2"], faulty.root, registry) if each.how == "drawn again"]
+    shutil.rmtree(faulty.results("cpu") / "train_single")
+    checks = [each for each in lineage.verify("cpu", ["table2"], faulty.root, registry) if each.how == "drawn again"]
     assert checks and all(each.status == "missing" and "DataMissingError" in each.detail for each in checks)
 
 
@@ -179,7 +179,7 @@ def test_where_finds_tables_figures_and_files(whole):
         if each.kind == "render":
             source = "".join(read_json(each.notebook)["cells"][origin.cell]["source"])
             assert "save_" in source
-    assert lineage.where("figures/smoke/learning_curves_beyond.svg", registry)[0].name == "figure_learning_curves"
+    assert lineage.where("figures/cpu/learning_curves_beyond.svg", registry)[0].name == "figure_learning_curves"
     assert lineage.where("results/cpu/train_single/unet-seed0/metrics.csv", registry)[0].name == "train_single"
 
 
