@@ -306,6 +306,9 @@ def run_facts(source: str, start: str, pool: PseudoSet, labelled: tuple[Tensor, 
 def save_pseudo_run(folder: str | Path, parameters: Mapping[str, Any], metrics: pd.DataFrame,
                     history: pd.DataFrame, **record: Any) -> Path:
     """Writes metrics.csv, history.csv and run.json with the parameters and what else is in `record`."""
+    name = parameters["data"]
+    origin = {"kind": "phantom" if name == "phantom" else "real", "name": f"{name}/train"}
+    record["data"] = {**origin, **record.get("data", {})}
     write_csv(Path(folder) / "metrics.csv", metrics)
     write_csv(Path(folder) / "history.csv", history)
     about = {"parameters": dict(parameters), "environment": environment(), "commit": git_commit()}

@@ -341,13 +341,13 @@ def test_what_a_run_writes_has_no_places_and_no_times(splits, pool, tmp_path):
     phase_1 = semi.train_phase_one(network(), pool, CONFIG, tmp_path)
     facts = semi.run_facts("released", "", pool, to_tensors(splits.train, 32), phase_1.model)
     for name in "ab":
-        semi.save_pseudo_run(tmp_path / name, {"rounds": 1}, semi.label_metrics(pool, pool.labels, phase_1),
+        semi.save_pseudo_run(tmp_path / name, {"data": "phantom", "rounds": 1}, semi.label_metrics(pool, pool.labels, phase_1),
                              semi.join_histories({"phase_1": phase_1.history}), **facts)
     files = [sorted((tmp_path / name).iterdir()) for name in "ab"]
     assert [path.name for path in files[0]] == ["history.csv", "metrics.csv", "run.json"]
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
     record = json.loads(files[0][2].read_text(encoding="utf-8"))
-    assert record["source"] == "released" and str(tmp_path) not in json.dumps(record)
+    assert record["data"]["kind"] == "phantom" and record["source"] == "released" and str(tmp_path) not in json.dumps(record)
     table = (tmp_path / "a/metrics.csv").read_text(encoding="utf-8")
     assert table.startswith("metric,value,n\n") and "dice_with_released,1.0,7" in table
 
