@@ -2221,7 +2221,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                      'covidsev.validation.lesion_row': ('validation.html#lesion_row', 'covidsev/validation.py'),
                                      'covidsev.validation.lesion_table': ('validation.html#lesion_table', 'covidsev/validation.py'),
                                      'covidsev.validation.lesions_of': ('validation.html#lesions_of', 'covidsev/validation.py'),
-                                     'covidsev.validation.lung_box': ('validation.html#lung_box', 'covidsev/validation.py'),
                                      'covidsev.validation.lung_rows': ('validation.html#lung_rows', 'covidsev/validation.py'),
                                      'covidsev.validation.network_segment': ('validation.html#network_segment', 'covidsev/validation.py'),
                                      'covidsev.validation.not_reproduced': ('validation.html#not_reproduced', 'covidsev/validation.py'),

@@ -7,10 +7,10 @@ __all__ = ['THRESHOLDS', 'LUNG_SOURCES', 'Segment', 'CLASSES', 'WANTED', 'Truth'
            'add_specks', 'lung_rows', 'threshold_rows', 'floor_rows', 'region_rows', 'phantom_study', 'phantom_metrics',
            'SliceCase', 'phantom_slices', 'real_slices', 'slice_scores', 'found_lungs', 'expert_lung_rows',
            'slice_study', 'scan_table', 'known_ratios', 'scan_means', 'slice_metrics', 'largest_gap', 'lesion_row',
-           'lesion_table', 'lung_box', 'network_segment', 'bright_segment', 'predicted_study', 'predicted_metrics',
-           'Trained', 'trained_segment', 'check_independent', 'class_of', 'stack_pictures', 'patient_row',
-           'class_study', 'class_metrics', 'write_phantom_patients', 'patients_of', 'has_images', 'slices_of',
-           'lesions_of', 'not_reproduced', 'save_study']
+           'lesion_table', 'network_segment', 'bright_segment', 'predicted_study', 'predicted_metrics', 'Trained',
+           'trained_segment', 'check_independent', 'class_of', 'stack_pictures', 'patient_row', 'class_study',
+           'class_metrics', 'write_phantom_patients', 'patients_of', 'has_images', 'slices_of', 'lesions_of',
+           'not_reproduced', 'save_study']
 
 # %% ../nbs/13e_validation.ipynb #cell-002
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,13 +26,13 @@ from scipy import ndimage
 from .agreement import (CUT, Estimate, agreement_rows, compare_auc, discrimination_rows,
                                 weighted_kappa)
 from .config import ConfigError, CovidSevError, DataMissingError, LeakageError, progress
-from .datasets import SliceSet, read_image
+from .datasets import SliceSet, for_display, read_image
 from .datasources import SOURCES, Sample, get_source, how_to_get, load_masks
 from .lungs import LungMask, segment_lungs, split_lungs
 from .metrics import dsc
 from .phantom import phantom_patients, phantom_volume, to_uint8
 from .provenance import environment, git_commit, read_json, sha256_file, write_csv, write_json
-from .scans import turn_picture
+from .scans import Scan, turn_picture
 from .severity import (MIN_FRACTIONS, REGIONS, SECTORS, SeverityResult, ct_ss_by_floor,
                                lesion_components, partition_regions, severity)
 
@@ -391,32 +391,28 @@ def lesion_table(root: str | Path | None = None, name: str = "mosmed") -> "pd.Da
 Segment = Callable[[Sequence[NDArray[np.uint8]], Sequence[NDArray]], list[NDArray[np.bool_]]]
 
 
-def lung_box(lungs: NDArray, margin: float = 0.04) -> tuple[slice, slice]:
-    """Rows and columns of the lungs of a picture, wider by `margin` of its sides; all of it without lungs."""
-    box = []
-    for axis, size in enumerate(lungs.shape):
-        places = np.flatnonzero((np.asarray(lungs) > 0).any(axis=1 - axis))
-        extra = round(margin * size)
-        box.append(slice(max(places[0] - extra, 0), places[-1] + 1 + extra) if places.size else slice(None))
-    return box[0], box[1]
-
-
-def network_segment(network: Any, size: int, threshold: float, *, transpose: bool, batch_size: int = 8,
+def network_segment(network: Any, size: int, threshold: float, kind: str, *, batch_size: int = 8,
                     device: str = "cpu") -> Segment:
-    """The masks of a trained single-class network, which sees the box of the lungs at `size` x `size`.
+    """The masks of a trained single-class network, fed as `covidsev.volumes` feeds it.
 
-    transpose: whether it was trained on slices as COVID-SemiSeg stores them, front at the left."""
+    kind: of its training slices, "real" or "phantom"; only the real ones were cut to the lungs."""
     from covidsev.inference import predict_slices
+    from covidsev.volumes import as_scan_array, as_volume, lung_box, network_slices
+
+    def box_of(mask: NDArray) -> tuple[slice, ...]:
+        return lung_box(mask) if kind == "real" and np.any(mask) else (slice(None),) * 3
 
     def segment(pictures: Sequence[NDArray[np.uint8]], lungs: Sequence[NDArray]) -> list[NDArray[np.bool_]]:
-        boxes = [lung_box(mask) for mask in lungs]
-        parts = [picture[box] for picture, box in zip(pictures, boxes)]
-        seen = [np.ascontiguousarray(part.T if transpose else part) for part in parts]
+        scans = [Scan(one.astype(np.float32), "slice", "grey", "picture", "0" * 64) for one in pictures]
+        boxes = [box_of(mask) for mask in lungs]
+        seen = [next(network_slices(scan, box, kind)) for scan, box in zip(scans, boxes)]
         names = [str(k) for k in range(len(seen))]
-        slices = SliceSet("pictures", "real", names, seen, [np.zeros_like(part) for part in seen], names)
-        masks = [np.zeros(picture.shape, bool) for picture in pictures]
-        for mask, box, found in zip(masks, boxes, predict_slices(network, slices, size, batch_size, device)):
-            mask[box] = (found.T if transpose else found) >= threshold
+        slices = SliceSet("pictures", kind, names, seen, [np.zeros_like(one) for one in seen], names)
+        masks = []
+        for scan, box, found in zip(scans, boxes, predict_slices(network, slices, size, batch_size, device)):
+            volume = np.zeros(as_volume(scan.hu).shape, bool)
+            volume[box][..., 0] = turn_picture(for_display(found >= threshold, kind))
+            masks.append(as_scan_array(volume, scan))
         return masks
 
     return segment
@@ -479,8 +475,8 @@ class Trained(NamedTuple):
     about: dict[str, Any]
 
 
-def trained_segment(weights: str | Path | None, results: str | Path, run: str, *, transpose: bool,
-                    batch_size: int = 8, device: str = "cpu") -> Trained:
+def trained_segment(weights: str | Path | None, results: str | Path, run: str, *, batch_size: int = 8,
+                    device: str = "cpu") -> Trained:
     """The segmentation of a training run below `results`, at its size and threshold; brightness for None.
 
     `LeakageError` where it has seen the 20 cases, see `check_independent`; `CheckpointError` for weights that
@@ -496,7 +492,7 @@ def trained_segment(weights: str | Path | None, results: str | Path, run: str, *
     network = load_for_inference(build_network(made["model"], made["backbone"], "scratch"), weights)
     about = {"network": run, "size": made["size"], "threshold": record["val_threshold"],
              "weights_sha256": sha256_file(weights)}
-    return Trained(network_segment(network, about["size"], about["threshold"], transpose=transpose,
+    return Trained(network_segment(network, about["size"], about["threshold"], record["data"]["kind"],
                                    batch_size=batch_size, device=device), about)
 
 

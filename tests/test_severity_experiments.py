@@ -111,7 +111,7 @@ def test_networks_that_saw_the_pool_are_refused(tmp_path):
     (folder / "run.json").write_text(json.dumps({"parameters": {"start": "pseudo_labels/loop"}}))
     (folder / "best.pt").write_bytes(b"x")
     with pytest.raises(LeakageError):
-        va.trained_segment(folder / "best.pt", tmp_path, "train_single/x-seed0", transpose=True)
+        va.trained_segment(folder / "best.pt", tmp_path, "train_single/x-seed0")
 
 
 def test_rows_of_the_registry_have_not_seen_the_pool():
