@@ -52,7 +52,7 @@ from covidsev.datasets import (
     read_mask,
     to_tensors,
 )
-from .figures import LINES, overlay, stamp, strip
+from .figures import LINES, overlay, plain_axes, stamp, strip
 from .illustrations import STRENGTHS, erased_fractions
 from .inference import predict_slices
 from covidsev.losses import (
@@ -1120,15 +1120,6 @@ def read_audit(folder: str | Path) -> list[Measured]:
     ]
 
 
-def _plain_axes(ax: plt.Axes, title: str, x: str, y: str) -> None:
-    """Small type, no box."""
-    ax.set_title(title, fontsize=9)
-    ax.set_xlabel(x, fontsize=8)
-    ax.set_ylabel(y, fontsize=8)
-    ax.tick_params(labelsize=7.5)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
 def _draw_pairs(ax: plt.Axes, runs: Mapping[tuple[str, int], Path] = {}) -> None:
     """Loss against Dice: printed, moved masks, our runs."""
     pairs = printed_pairs()
@@ -1137,7 +1128,7 @@ def _draw_pairs(ax: plt.Axes, runs: Mapping[tuple[str, int], Path] = {}) -> None
         parts[f"our runs ({tables.data_kind(runs)})"] = run_losses(runs)
     for colour, (name, part) in zip(LINES, parts.items()):
         ax.plot(part["loss"], part["dice"], "o", color=colour, ms=4, label=name)
-    _plain_axes(ax, '1 · printed "Dice" rises with the loss', "test loss, mean of the maps", "Dice")
+    plain_axes(ax, text=8, title='1 · printed "Dice" rises with the loss', xlabel="test loss, mean of the maps", ylabel="Dice")
     ax.legend(fontsize=7, frameon=False)
 
 
@@ -1156,7 +1147,7 @@ def _draw_memory(ax: plt.Axes, memories: Sequence[Memory]) -> None:
             )
     ax.set_xticks([0, 1], ["own network", "others"])
     ax.set(xlim=(-0.2, 1.2), ylim=(0, 1))
-    _plain_axes(ax, "3 · the same slices, seen and not seen", "scored by", "mean Dice")
+    plain_axes(ax, text=8, title="3 · the same slices, seen and not seen", xlabel="scored by", ylabel="mean Dice")
     ax.legend(fontsize=6.5, frameon=False, ncols=2, loc="lower left")
 
 
@@ -1183,13 +1174,13 @@ def draw_audit(memories: Sequence[Memory], stamp_text: str = "") -> Figure:
         )
     axes[1, 0].set_yscale("log")
     axes[1, 0].set_ylim(1e-14, 1e-3)
-    _plain_axes(axes[1, 0], "6 · learning rate", "epoch", "rate")
+    plain_axes(axes[1, 0], text=8, title="6 · learning rate", xlabel="epoch", ylabel="rate")
     for name, label, style in (("script", "authors' script", "-"), ("ct_ss", "CT-SS", "--")):
         axes[1, 1].plot(
             extents["ratio"], extents[name], style, color=LINES[name == "ct_ss"], lw=1.4, label=label
         )
     axes[1, 1].set_yticks([0, 1, 2])
-    _plain_axes(axes[1, 1], "8 · score of one region", "infected ratio", "score")
+    plain_axes(axes[1, 1], text=8, title="8 · score of one region", xlabel="infected ratio", ylabel="score")
     for ax in axes[1]:
         ax.legend(fontsize=7, frameon=False)
     stamp(fig, stamp_text)

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from . import tables
-from .config import ConfigError, DataMissingError, check_choice, repo_root
+from .config import ConfigError, check_choice, repo_root
 from .experiments import Registry, check_keys, full_parameters, load_registry
 from .provenance import read_json, write_text
 
@@ -491,8 +491,7 @@ def save_findings(findings: Findings, frame: pd.DataFrame, texts: Mapping[str, s
     """Writes tables/claims.csv, .md and .tex, tables/findings.md and run.json below `output`."""
     shown = {(f"{name}/{row}", seed): folder for name, runs in findings.runs.items()
              for (row, seed), folder in runs.items()}
-    kinds = {tables.data_kind(runs) for runs in findings.runs.values() if runs}
-    kind = " and ".join(sorted(kinds, reverse=True)) or "none"
+    kind = tables.kinds_of(shown)
     save_claims(frame, Path(output) / "tables" / "claims", f"Claims ({kind} · {findings.profile})")
     titles = {"impact": "Impact statement", "conclusion": "Conclusion", "limits": "Limits"}
     parts = [f"## {titles.get(section, section)}\n\n{text}" for section, text in texts.items()]

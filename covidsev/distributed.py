@@ -8,7 +8,6 @@ __all__ = ['Group', 'group', 'share_of', 'share_weight', 'check_shares', 'sum_ov
            'train_together', 'shared_run', 'main']
 
 # %% ../nbs/15d_distributed.ipynb #cell-002
-import json
 import os
 import sys
 from argparse import ArgumentParser
@@ -23,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .config import ConfigError, CovidSevError, NonFiniteError, data_root, progress, resolve_device
+from .config import ConfigError, CovidSevError, NonFiniteError, progress, resolve_device
 from .datasets import Splits, to_tensors
-from .experiments import load_registry, resolve
+from .experiments import lone_settings, parse_settings
 from .multiclass import weight_map
 from .provenance import run_lock, write_bytes
 from .runs import (Scores, TrainedRun, assert_no_leak, build_started, evaluate, fill_epoch, folder_of,
@@ -318,31 +317,14 @@ def _arguments(arguments: Sequence[str] | None) -> Any:
     parser.add_argument("--device", help="cpu, cuda or auto, instead of the profile's device")
     parser.add_argument("--data-root", help="folder of the real data sets")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                        help="change a parameter; the value is JSON or text; repeatable")
+                        help="change a parameter, as in covidsev reproduce; repeatable")
     return parser.parse_args(arguments)
-
-
-def _changes(pairs: Sequence[str]) -> dict[str, Any]:
-    """{"epochs": 2, "data": "phantom"} from ["epochs=2", "data=phantom"]; `ConfigError` without "="."""
-    changes = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise ConfigError("--set needs NAME=VALUE", found=repr(pair), fix="for example: --set epochs=2")
-        try:
-            changes[name] = json.loads(text)
-        except ValueError:
-            changes[name] = text
-    return changes
 
 
 def _settings(given: Any) -> dict[str, Any]:
     """The settings of the run that the command line asks for."""
-    changes = _changes(given.set) | ({"device": given.device} if given.device else {})
-    run = resolve(load_registry(), given.profile, "train_single", given.row, given.seed, changes)
-    folder = Path(given.out).resolve()
-    return {**run.parameters, "output": str(folder), "checkpoints": str(folder / "checkpoints"),
-            "data_root": str(data_root(given.data_root) or "")}
+    changes = parse_settings(given.set) | ({"device": given.device} if given.device else {})
+    return lone_settings(given.profile, given.row, given.seed, changes, given.out, given.data_root)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

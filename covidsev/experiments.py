@@ -6,13 +6,13 @@
 __all__ = ['LOCATIONS', 'DRAWING', 'TOLERANCES', 'Experiment', 'Profile', 'Registry', 'check_keys', 'parse_need', 'needs_of',
            'execution_order', 'load_registry', 'code_cells', 'plain_literals', 'lint_notebook', 'import_papermill',
            'notebook_parameters', 'check_parameters', 'Run', 'run_name', 'rows_and_seeds', 'needed_runs',
-           'full_parameters', 'resolve', 'full_name', 'find_experiment', 'sort_runs', 'plan_runs', 'Places',
-           'check_executed', 'check_outputs', 'execute', 'produced', 'code_and_settings', 'publish', 'run_notebook',
-           'tidy_checkpoints', 'library_key', 'notebook_key', 'uses_pool', 'pool_key', 'data_key', 'cache_parts',
-           'changed_files', 'stale_reasons', 'missing_kept', 'Planned', 'check_ready', 'examine', 'describe',
-           'stop_descendants', 'child_main', 'Child', 'run_all', 'only_code_changed', 'confirmation', 'keep_result',
-           'representatives', 'confirm_rows', 'tolerance_of', 'manifest', 'write_manifest', 'check_manifest',
-           'execute_plan', 'reproduce']
+           'full_parameters', 'resolve', 'data_folder', 'lone_settings', 'parse_settings', 'full_name',
+           'find_experiment', 'sort_runs', 'plan_runs', 'Places', 'check_executed', 'check_outputs', 'execute',
+           'produced', 'code_and_settings', 'publish', 'run_notebook', 'tidy_checkpoints', 'library_key',
+           'notebook_key', 'uses_pool', 'pool_key', 'data_key', 'cache_parts', 'changed_files', 'stale_reasons',
+           'missing_kept', 'Planned', 'check_ready', 'examine', 'describe', 'stop_descendants', 'child_main', 'Child',
+           'run_all', 'only_code_changed', 'confirmation', 'keep_result', 'representatives', 'confirm_rows',
+           'tolerance_of', 'manifest', 'write_manifest', 'check_manifest', 'execute_plan', 'reproduce']
 
 # %% ../nbs/15_experiments.ipynb #cell-002
 import ast
@@ -331,13 +331,16 @@ def run_name(experiment: str, row: str, seed: int | None) -> str:
     return f"{experiment}/{row}-seed{seed}" if row else experiment
 
 
-def rows_and_seeds(registry: Registry, profile: str, experiment: str) -> list[tuple[str, int | None]]:
-    """Every (row, seed) of an experiment in a profile, seeds outermost; one pair ("", None) where there are
-    no rows."""
-    if not registry.experiments[experiment].rows:
+def rows_and_seeds(registry: Registry, profile: str, experiment: str, rows: Iterable[str] | None = None,
+                   seeds: Iterable[int] | None = None) -> list[tuple[str, int | None]]:
+    """Every (row, seed) of an experiment, seeds outermost; one pair ("", None) where there are no rows.
+
+    rows, seeds: those that were chosen, else those of the profile; rows of other experiments are left out."""
+    known = registry.experiments[experiment].rows
+    if not known:
         return [("", None)]
-    rows = registry.profiles[profile].rows.get(experiment, [])
-    return [(row, seed) for seed in registry.profiles[profile].seeds for row in rows]
+    chosen = [row for row in rows or registry.profiles[profile].rows.get(experiment, []) if row in known]
+    return [(row, seed) for seed in seeds or registry.profiles[profile].seeds for row in chosen]
 
 
 def _needed(registry: Registry, profile: str, experiment: str, row: str,
@@ -395,7 +398,51 @@ def resolve(registry: Registry, profile: str, experiment: str, row: str = "", se
     return Run(profile, experiment, row, seed, each.kind, each.notebook, settings, needs, each.outputs,
                each.keeps, wording)
 
-# %% ../nbs/15_experiments.ipynb #cell-035
+
+def data_folder(data: str | Path | None = None) -> str:
+    """The folder of the real data as an absolute path, "" where there is none; `data` as in `data_root`."""
+    found = data_root(data)
+    return str(found.resolve()) if found else ""
+
+
+def lone_settings(profile: str, row: str, seed: int, changes: dict[str, Any], out: str | Path,
+                  data: str | Path | None = None) -> dict[str, Any]:
+    """The settings of a row of `train_single` that is trained without the runner: its files go to `out`, its
+    checkpoints below. Errors of `resolve`."""
+    run, folder = resolve(load_registry(), profile, "train_single", row, seed, changes), Path(out).resolve()
+    return {**run.parameters, "output": str(folder), "checkpoints": str(folder / "checkpoints"),
+            "data_root": data_folder(data)}
+
+# %% ../nbs/15_experiments.ipynb #cell-036
+_OTHER_SPELLINGS = {"true": "True", "false": "False", "null": "None"}  # as JSON and YAML have them
+
+
+def _value(name: str, text: str) -> Any:
+    """The Python literal that `text` is, or `text`; `ConfigError` for a spelling of another language."""
+    if text in _OTHER_SPELLINGS:
+        raise ConfigError("the value of a setting is written as in Python", found=f"{name}={text}",
+                          fix=f"{name}={_OTHER_SPELLINGS[text]}, or {name}={text!r} for the word itself")
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """{"epochs": 2, "data": "phantom"} of ["epochs=2", "data=phantom"]; of a name given twice, the last.
+
+    A value is a Python literal, or else the text itself, without blanks around it. `ConfigError` for a pair
+    without "=" or without a name, and for `true`, `false`, `null`. Whether a parameter of this name exists is
+    asked later, by `check_parameters`."""
+    settings = {}
+    for pair in pairs:
+        name, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals or not name:
+            raise ConfigError("a setting needs NAME=VALUE", found=repr(pair), fix="for example: epochs=2")
+        settings[name] = _value(name, text)
+    return settings
+
+# %% ../nbs/15_experiments.ipynb #cell-039
 def full_name(name: str, names: Iterable[str]) -> str:
     """The one of `names` that is `name` or begins with it; `ConfigError` with a suggestion if none or
     several do."""
@@ -410,19 +457,6 @@ def find_experiment(registry: Registry, name: str) -> str:
     return known[0] if known else full_name(name, registry.experiments)
 
 
-def _chosen_pairs(registry: Registry, profile: str, experiment: str, rows: Iterable[str] | None,
-                  seeds: Iterable[int] | None) -> list[tuple[str, int | None]]:
-    """The (row, seed) pairs of an experiment after the choice of rows and seeds."""
-    if not registry.experiments[experiment].rows:
-        return [("", None)]
-    rows = [
-        row
-        for row in (rows or registry.profiles[profile].rows.get(experiment, []))
-        if row in registry.experiments[experiment].rows
-    ]
-    return [(row, seed) for seed in (seeds or registry.profiles[profile].seeds) for row in rows]
-
-
 def _overrides_for(experiment: Experiment, overrides: dict[str, Any]) -> dict[str, Any]:
     """Those overrides that a compute notebook knows (a table has no `epochs` to change)."""
     if experiment.kind != "compute":
@@ -435,7 +469,7 @@ def _requested(registry: Registry, profile: str, asked: set[str], rows: Iterable
                seeds: Iterable[int] | None, with_needs: bool) -> list[tuple[str, str, int | None]]:
     """(experiment, row, seed) of all runs of a request with their needs, in the order of the registry."""
     def pairs(name: str) -> list[tuple[str, str, int | None]]:
-        return [(name, *pair) for pair in _chosen_pairs(registry, profile, name, rows, seeds)]
+        return [(name, *pair) for pair in rows_and_seeds(registry, profile, name, rows, seeds)]
 
     def needs(name: str, row: str, seed: int | None) -> list[tuple[str, str, int | None]]:
         found, each = _needed(registry, profile, name, row, seed), registry.experiments[name]
@@ -490,7 +524,7 @@ def plan_runs(registry: Registry, profile: str, only: Iterable[str] | None = Non
     return sort_runs(resolve(registry, profile, name, row, seed, _overrides_for(computed[name], overrides))
                      for name, row, seed in found)
 
-# %% ../nbs/15_experiments.ipynb #cell-038
+# %% ../nbs/15_experiments.ipynb #cell-042
 @dataclass(frozen=True)
 class Places:
     """Folders below `root`: results/<profile>, figures/<profile>, checkpoints/<profile>."""
@@ -524,7 +558,7 @@ class Places:
                   "local": self.root / "checkpoints" / run.profile / "local"}
         return shared[first] / rest if rest and first in shared else self.folder(run) / relative
 
-# %% ../nbs/15_experiments.ipynb #cell-041
+# %% ../nbs/15_experiments.ipynb #cell-045
 def check_executed(executed: str | Path) -> None:
     """`NotebookError` if the executed notebook holds an error, or a code cell that never ran."""
     cells = code_cells(executed)
@@ -566,7 +600,7 @@ def check_outputs(run: Run, stage: Path, checkpoints: Path | None = None) -> dic
                             fix="check that the cell tagged `parameters` is the only one that sets them")
     return record
 
-# %% ../nbs/15_experiments.ipynb #cell-043
+# %% ../nbs/15_experiments.ipynb #cell-047
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
     """Sets environment variables for the time of a block."""
@@ -624,7 +658,7 @@ def execute(run: Run, executed: Path, locations: dict[str, str], progress_bar: b
                             fix="lower batch_size or --jobs; a rerun goes on from the checkpoint") from None
     check_executed(executed)
 
-# %% ../nbs/15_experiments.ipynb #cell-045
+# %% ../nbs/15_experiments.ipynb #cell-049
 _UNRECORDED = ("executed.ipynb", "run.json", "timing.json")
 
 
@@ -722,7 +756,7 @@ def _keep_failed(error: CovidSevError, executed: Path, kept: Path) -> CovidSevEr
     write_bytes(kept, executed.read_bytes())
     return type(error)(error.what, file=kept, found=error.found, expected=error.expected, fix=error.fix)
 
-# %% ../nbs/15_experiments.ipynb #cell-055
+# %% ../nbs/15_experiments.ipynb #cell-059
 DRAWING = ("covidsev.figures", "covidsev.viewer")
 
 
@@ -804,7 +838,7 @@ def missing_kept(run: Run, places: Places, parts: dict[str, Any]) -> list[str]:
     folder = places.checkpoints(run, cache_key(parts))
     return [f"{name} is not here" for name in run.keeps if not (folder / name).is_file()]
 
-# %% ../nbs/15_experiments.ipynb #cell-060
+# %% ../nbs/15_experiments.ipynb #cell-064
 @dataclass(frozen=True)
 class Planned:
     """A run of the plan: the parts of its key, the reasons to execute it (none: the result is there), and the
@@ -816,13 +850,12 @@ class Planned:
     confirmed_by: str = ""
 
 
-def check_ready(runs: Iterable[Run], data: str = "") -> dict[str, dict[str, str]]:
-    """Checks devices and data of all runs before anything is executed; returns run name -> content hashes of
-    its data."""
+def check_ready(runs: Iterable[Run], data: str = "", here: bool = True) -> dict[str, dict[str, str]]:
+    """Checks data, and devices if the runs will be executed `here`, before anything is executed; returns run
+    name -> content hashes of its data."""
     runs, found = list(runs), {}
-    for device in sorted(
-        {run.parameters["device"] for run in runs if run.parameters.get("device", "cpu") != "cpu"}
-    ):
+    devices = {run.parameters.get("device", "cpu") for run in runs} - {"cpu"} if here else ()
+    for device in sorted(devices):
         resolve_device(device)
     for run in runs:
         key = json.dumps({name: run.parameters.get(name, "") for name in _SPLIT_SETTINGS + _POOL_SETTINGS})
@@ -847,11 +880,12 @@ def _ask_for_kept(planned: dict[str, Planned], places: Places) -> None:
                 need.reasons.extend([] if need.reasons else missing_kept(need.run, places, need.parts))
 
 
-def examine(runs: Iterable[Run], places: Places, force: bool = False, data: str = "") -> list[Planned]:
+def examine(runs: Iterable[Run], places: Places, force: bool = False, data: str = "",
+            here: bool = True) -> list[Planned]:
     """The plan: each run with the reasons to execute it. `ConfigError` or `DataMissingError` before anything
-    runs."""
+    runs. Not `here`: another machine will run it, so nobody looks for its devices on this one."""
     runs, planned = list(runs), {}
-    hashes = check_ready(runs, data)
+    hashes = check_ready(runs, data, here)
     for run in runs:
         needs = {name: _need_key(name, planned, run, places) for name in run.needs}
         parts = cache_parts(run, hashes[run.name], needs)
@@ -876,7 +910,7 @@ def describe(planned: Iterable[Planned]) -> str:
 
     return "\n".join(f"{each.run.name:<{width}}  {what(each)}" for each in planned)
 
-# %% ../nbs/15_experiments.ipynb #cell-063
+# %% ../nbs/15_experiments.ipynb #cell-067
 _CHILD = "import sys; from covidsev.experiments import child_main; child_main(sys.argv[1])"
 
 
@@ -950,7 +984,7 @@ class Child:
             self.process.wait()
         shutil.rmtree(self.exchange, ignore_errors=True)
 
-# %% ../nbs/15_experiments.ipynb #cell-064
+# %% ../nbs/15_experiments.ipynb #cell-068
 def _start_ready(waiting: list[Planned], active: dict, finished: dict, jobs: int, start: Callable) -> None:
     """Starts waiting runs whose needs are there, up to `jobs`; runs whose needs failed are given up."""
     pending = {each.run.name for each in waiting} | set(active)
@@ -1004,7 +1038,7 @@ def run_all(planned: list[Planned], places: Places, jobs: int, data: str,
             each.join()
     return finished
 
-# %% ../nbs/15_experiments.ipynb #cell-069
+# %% ../nbs/15_experiments.ipynb #cell-073
 def only_code_changed(run: Run, places: Places, parts: dict[str, Any]) -> bool:
     """Whether a computed result is there and whole, and stale for nothing but code, notebook, parameters that
     it did not have, and the keys of what it needs."""
@@ -1109,7 +1143,7 @@ def confirm_rows(runs: list[Run], places: Places, jobs: int = 1, data: str = "",
         run_all(todo, places, jobs, data, _report(len(todo), echo))
         _keep_confirmed(runs, places, data, echo)
 
-# %% ../nbs/15_experiments.ipynb #cell-075
+# %% ../nbs/15_experiments.ipynb #cell-079
 # suffix -> (what is compared, the largest difference that counts as close): numbers in a text, relative to
 # their size or to 1; the mean over pixels in grey levels of 255
 TOLERANCES = {".csv": ("numbers", 1e-6), ".md": ("numbers", 1e-6), ".tex": ("numbers", 1e-6),
@@ -1167,7 +1201,7 @@ def check_manifest(places: Places, profile: str) -> list[str]:
             faults.append(f"{entry['path']} differs")
     return faults
 
-# %% ../nbs/15_experiments.ipynb #cell-078
+# %% ../nbs/15_experiments.ipynb #cell-082
 def _check_something_to_show(runs: list[Run], places: Places) -> None:
     """`DataMissingError` if no table or figure of a request has anything to show."""
     def empty(run: Run) -> bool:
@@ -1215,7 +1249,7 @@ def reproduce(profile: str = "smoke", only: Iterable[str] | None = None, rows: I
     if confirm and force:
         raise ConfigError("--confirm keeps results and --force makes them again", fix="leave one of them out")
     registry, places = registry or load_registry(), Places(Path(root or repo_root()).resolve())
-    found = str(data_root(data).resolve()) if data_root(data) else ""
+    found = data_folder(data)
     runs = plan_runs(registry, profile, only, rows, seeds, overrides, with_needs=not render_only)
     jobs = jobs or registry.profiles[profile].jobs
     if render_only:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'CLASS_COLOURS', 'LINES', 'CURVES', 'Histories', 'DASHES', 'ERRORS', 'ERROR_NAMES', 'RECONSTRUCTION',
            'ENTROPIES', 'upright', 'overlay', 'contour', 'draw_contour', 'strip', 'stamp', 'seed_text', 'caption',
-           'say_not_run', 'curve_blocks', 'learning_curves', 'captioned', 'error_map', 'ranked_cases', 'case_strip',
+           'plain_axes', 'say_not_run', 'curve_blocks', 'learning_curves', 'captioned', 'error_map', 'ranked_cases',
            'case_grid', 'class_grid', 'label_efficiency', 'coach_turns', 'coach_curves', 'save_figure']
 
 # %% ../nbs/14_figures.ipynb #cell-002
@@ -139,27 +139,30 @@ def _line_style(number: int) -> dict[str, str]:
     return {"color": LINES[number % len(LINES)], "linestyle": DASHES[number // len(LINES) % len(DASHES)]}
 
 
+def plain_axes(ax: plt.Axes, *, ticks: float = 7.5, text: float = 8.5, **words: str) -> None:
+    """Small numbers of size `ticks`, no frame above and at the right; `words`: xlabel, ylabel of size `text`,
+    title a point larger."""
+    ax.tick_params(labelsize=ticks)
+    ax.spines[["top", "right"]].set_visible(False)
+    for name, word in words.items():
+        getattr(ax, f"set_{name}")(word, fontsize=text + (name == "title"))
+
+
+def _draw_seeds(ax: plt.Axes, values: Sequence[pd.Series], label: str, number: int) -> None:
+    """Thin lines for seeds, `values` by epoch, and a thick one for their mean, in the style of line `number`."""
+    for one in values:
+        ax.plot(one.index, one, lw=0.6, alpha=0.5, **_line_style(number))
+    mean = pd.concat(values, axis=1).mean(axis=1) if values else pd.Series(dtype=float)
+    ax.plot(mean.index, mean, lw=1.8, label=label, **_line_style(number))
+
+
 def _draw_curves(ax: plt.Axes, column: str, histories: Histories, order: Sequence[str]) -> None:
     """One panel: thin lines for seeds, a thick one for their mean, a colour for each row by its place in
     `order`."""
     for title, seeds in histories.items():
-        number = order.index(title)
-        frames = [
-            history.set_index("epoch")[column].dropna() for history in seeds.values() if column in history
-        ]
-        for values in frames:
-            ax.plot(values.index, values, lw=0.6, alpha=0.5, **_line_style(number))
-        mean = pd.concat(frames, axis=1).mean(axis=1) if frames else pd.Series(dtype=float)
-        ax.plot(mean.index, mean, lw=1.8, label=title, **_line_style(number))
-    ax.set_xlabel("epoch", fontsize=8)
-    ax.set_title(CURVES.get(column, column), fontsize=9)
-    _plain(ax)
-
-
-def _plain(ax: plt.Axes) -> None:
-    """Small numbers at the axes, no frame above and at the right."""
-    ax.tick_params(labelsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
+        values = [each.set_index("epoch")[column].dropna() for each in seeds.values() if column in each]
+        _draw_seeds(ax, values, title, order.index(title))
+    plain_axes(ax, ticks=8, text=8, xlabel="epoch", title=CURVES.get(column, column))
 
 
 def say_not_run(ax: plt.Axes) -> None:
@@ -240,16 +243,6 @@ def ranked_cases(values: Sequence[float]) -> dict[str, int]:
     values = np.asarray(values, dtype=float)
     order = [int(k) for k in np.argsort(-values, kind="stable") if not np.isnan(values[k])]
     return {"best": order[0], "median": order[(len(order) - 1) // 2], "worst": order[-1]} if order else {}
-
-
-def case_strip(image: np.ndarray, truth: np.ndarray, predictions: Mapping[str, np.ndarray], kind: str,
-               title: str = "slice", stamp_text: str = "") -> Figure:
-    """One case: the slice with the outline of the truth, then `error_map` of each named prediction; all (H,
-    W)."""
-    pictures = [draw_contour(image, truth)] + [
-        overlay(image, error_map(truth, each), colours=ERRORS) for each in predictions.values()]
-    return strip([upright(picture, kind) for picture in pictures], [title, *predictions],
-                 stamp_text=stamp_text)
 
 # %% ../nbs/14_figures.ipynb #cell-037
 def _case_pictures(case: tuple, kind: str) -> list[np.ndarray]:
@@ -378,10 +371,8 @@ def label_efficiency(
         say_not_run(right)
     right.set_title("same slices, same seed", fontsize=8.5)
     for ax, label in ((left, measure), (right, f"with - without, {measure}")):
-        ax.set_xlabel("labelled training slices", fontsize=8.5)
-        ax.set_ylabel(label, fontsize=8.5)
         ax.set_xticks(sorted(set(points["n"])))
-        _plain(ax)
+        plain_axes(ax, ticks=8, xlabel="labelled training slices", ylabel=label)
     fig.legend(
         *left.get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=8, frameon=False
     )
@@ -404,13 +395,8 @@ def _draw_game(ax: plt.Axes, names: Mapping[str, str], seeds: Mapping[int, pd.Da
     for low, high in coach_turns(next(iter(seeds.values()))):
         ax.axvspan(low, high, color="#E6E6E6", lw=0)
     for number, (column, label) in enumerate(names.items()):
-        frames = [history.set_index("epoch")[column] for history in seeds.values()]
-        for values in frames:
-            ax.plot(values.index, values, lw=0.6, alpha=0.5, **_line_style(number))
-        mean = pd.concat(frames, axis=1).mean(axis=1)
-        ax.plot(mean.index, mean, lw=1.8, label=label, **_line_style(number))
-    ax.set_xlabel("epoch", fontsize=8)
-    _plain(ax)
+        _draw_seeds(ax, [each.set_index("epoch")[column] for each in seeds.values()], label, number)
+    plain_axes(ax, ticks=8, text=8, xlabel="epoch")
 
 
 def coach_curves(histories: Histories, stamp_text: str = "") -> Figure:

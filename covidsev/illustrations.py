@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .augmentation import Augmentation, augment, augmentation, cutout_rectangles, draw_numbers
 from .coach import LAST_LAYERS, PretextResult
 from .config import ConfigError, DataMissingError
-from .figures import LINES, draw_contour, stamp
+from .figures import LINES, draw_contour, plain_axes, stamp
 from .infnet import InfNet, count_parameters
 from .multiclass import MultiClassUNet
 from .phantom import demo_slice, to_uint8
@@ -517,12 +517,9 @@ def _draw_erased(ax: plt.Axes) -> None:
             ax.plot(values, np.arange(1, values.size + 1) / values.size, style, color=colour, lw=1.6,
                     label=f"{c:g}, {mode}: mean {values.mean():.1%}".replace("%", " %"))
     ax.set(xlim=(-0.01, 0.56), ylim=(0, 1.03))
-    ax.set_xlabel("erased fraction of the image", fontsize=9)
-    ax.set_ylabel("share of the draws", fontsize=9)
+    plain_axes(ax, ticks=8, text=9, xlabel="erased fraction of the image", ylabel="share of the draws")
     ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), title="cutout, mode",
               title_fontsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=8)
 
 
 def draw_augmentation(seed: int = 2534) -> Figure:

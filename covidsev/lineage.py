@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .config import ConfigError, CovidSevError, NotebookError, check_choice, repo_root, suggest
 from .experiments import (Places, Registry, Run, code_cells, find_experiment, load_registry,
-                                  notebook_parameters, produced, resolve, tolerance_of)
-from .provenance import read_json, sha256_file, write_bytes, write_text
+                                  needs_of, notebook_parameters, parse_need, produced, resolve, tolerance_of)
+from .provenance import read_json, sha256_file, write_text
 
 # %% ../nbs/15b_lineage.ipynb #cell-007
 @dataclass(frozen=True)
@@ -308,8 +310,7 @@ def lineage_graph(registry: Registry | None = None, names: Iterable[str] = ()) -
             continue
         kind = "result" if each.kind == "compute" else "table" if each.name.startswith("table") else "figure"
         nodes |= {f"nb_{each.name}": ("notebook", each.notebook.name), each.name: (kind, each.name)}
-        needs = {need.partition("/")[0] for row in each.rows.values() for need in row.get("needs", [])} | {
-            need.partition("/")[0] for need in each.needs}
+        needs = {parse_need(need)[0] for row in ["", *each.rows] for need in needs_of(each, row)}
         arrows += [(f"nb_{each.name}", each.name), *((need, f"nb_{each.name}") for need in sorted(needs))]
         waiting += sorted(needs)
     return Graph(nodes, tuple(dict.fromkeys(arrows)))
@@ -403,20 +404,9 @@ def read_checklists(root: Path) -> dict[str, Any]:
     return document
 
 
-def _yaml(value: Any, indent: int = 0) -> str:
-    """A nested dict or list of strings and numbers as YAML, in its order, texts quoted like JSON."""
-    pad = "  " * indent
-    if isinstance(value, Mapping):
-        return "".join(f"{pad}{key}:{_yaml_value(item, indent)}" for key, item in value.items())
-    return "".join(f"{pad}- {_yaml(item, indent + 1).lstrip()}" if isinstance(item, (Mapping, list)) else
-                   f"{pad}- {json.dumps(item, ensure_ascii=False)}\n" for item in value)
-
-
-def _yaml_value(item: Any, indent: int) -> str:
-    """What stands after "key:"."""
-    if isinstance(item, (Mapping, list)):
-        return "\n" + _yaml(item, indent + 1)
-    return f" {json.dumps(item, ensure_ascii=False)}\n"
+def _yaml(value: Mapping[str, Any]) -> str:
+    """A nested dict as YAML, in its order; no text is broken into lines."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 _MADE = "# Made by `covidsev metadata` from settings.ini, experiments.toml and checklists.toml; do not edit.\n"

@@ -438,9 +438,9 @@ _MEASURES = (
     ("lobe_fill_fraction", "Share of the lung without a lobe, filled", "%"),
 )
 _OTHER_NAMES = {
-    "severe": "Severe or not", "severe_strict": "Severe or not, strict", "bounds": "Bounds of the CT-SS",
-    "bounds_strict": "Bounds of the CT-SS, strict", "partial": "Partial score",
-    "partial_strict": "Partial score, strict", "po_right": "Share of the right lung",
+    "severe": "Severe or not", "severe_strict": "Severe or not, strict",
+    "bounds": "Bounds of the partial score", "bounds_strict": "Bounds of the partial score, strict",
+    "partial": "Partial score", "partial_strict": "Partial score, strict", "po_right": "Share of the right lung",
     "po_left": "Share of the left lung", "lss20": "Lobe severity score (LSS)",
 }
 _NOT_LISTED = {"ct_ss_extrapolated", "sectors", "slice_extent_score", "lobe_fill_fraction", "case_id"}
@@ -505,7 +505,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     if result["method"] in _SLICES:
         found.append("One slice sees a part of the lungs; whether the disease is severe can hardly ever be "
                      "told from it.")
-    return found
+    return found + [f"Noted while reading: {each}." for each in result.get("notes", [])]
 
 
 def _facts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

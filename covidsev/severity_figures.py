@@ -6,13 +6,12 @@
 __all__ = ['AGREEMENT', 'region_pictures', 'draw_bland_altman', 'published_point', 'draw_roc', 'draw_boxes', 'draw_confusion',
            'draw_region_heat', 'draw_sensitivity', 'sensitivity_figure', 'worst_cases', 'failure_gallery', 'read_study',
            'studies_there', 'number_words', 'wide_words', 'other_words', 'published_words', 'scan_words',
-           'lesion_words', 'missing_words', 'kinds_of', 'kind_of_first', 'first_run', 'run_words', 'all_numbers',
-           'phantom_figure', 'real_figure', 'class_figure', 'gallery_of']
+           'lesion_words', 'missing_words', 'kind_of_first', 'first_run', 'run_words', 'all_numbers', 'phantom_figure',
+           'real_figure', 'class_figure', 'gallery_of']
 
 # %% ../nbs/14f_severity_figures.ipynb #cell-002
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,7 +21,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from .agreement import CUT, Estimate, auc, bland_altman, confusion_table, pairs, roc_points, wilson
-from .figures import LINES, PALETTE, captioned, say_not_run
+from .figures import LINES, PALETTE, captioned, plain_axes, say_not_run
 from .provenance import read_json
 from .severity import REGIONS, partition_regions
 from .tables import read_csv, read_published, show, show_p
@@ -64,14 +63,6 @@ def region_pictures(truth: Truth, lobes: bool = False, stamp_text: str = "") -> 
     return captioned(fig, stamp_text)
 
 # %% ../nbs/14f_severity_figures.ipynb #cell-010
-def _plain(ax: plt.Axes, **labels: str) -> None:
-    """Small numbers, no frame above and at the right, and the labels of the axes."""
-    ax.tick_params(labelsize=7.5)
-    ax.spines[["top", "right"]].set_visible(False)
-    for name, text in labels.items():
-        getattr(ax, f"set_{name}")(text, fontsize=8.5)
-
-
 def _refuse(ax: plt.Axes, reason: str) -> None:
     """Writes why a panel is empty."""
     ax.text(0.5, 0.5, reason.replace(": ", ":\n"), transform=ax.transAxes, ha="center", va="center",
@@ -89,7 +80,7 @@ def draw_bland_altman(ax: plt.Axes, measured: Sequence, reference: Sequence, wha
     """Differences over means, bias and limits as lines with their intervals as bands."""
     ours, theirs = pairs(measured, reference)
     plot = bland_altman(ours, theirs)
-    _plain(ax, xlabel=f"mean {what}", ylabel="measured - reference")
+    plain_axes(ax, xlabel=f"mean {what}", ylabel="measured - reference")
     if plot.bias is None:
         return _refuse(ax, plot.reason)
     ax.plot((ours + theirs) / 2, ours - theirs, "o", ms=3.2, mew=0, alpha=0.75, color=colour)
@@ -132,7 +123,7 @@ def draw_roc(ax: plt.Axes, scores: Mapping[str, Sequence], labels: Sequence, cut
             at = np.flatnonzero(cuts > cut)[-1]
             ax.plot(fpr[at], tpr[at], "o", ms=6, mfc="none", color=LINES[number], label=f"{name} at {cut}")
     _draw_point(ax)
-    _plain(ax, xlabel="1 - specificity", ylabel="sensitivity")
+    plain_axes(ax, xlabel="1 - specificity", ylabel="sensitivity")
     ax.legend(fontsize=6.5, frameon=False, loc="lower right")
 
 # %% ../nbs/14f_severity_figures.ipynb #cell-016
@@ -150,7 +141,7 @@ def draw_boxes(ax: plt.Axes, groups: Mapping[str, Sequence], what: str = "CT-SS"
         ax.axhline(cut, color="#777777", lw=0.8, ls=":")
     names = [f"{name}\nn = {len(each)}" for name, each in values.items()]
     ax.set_xticks(range(1, len(values) + 1), names, fontsize=7.5)
-    _plain(ax, ylabel=what)
+    plain_axes(ax, ylabel=what)
 
 
 def draw_confusion(ax: plt.Axes, measured: Sequence, reference: Sequence, classes: Sequence,
@@ -194,7 +185,7 @@ def draw_sensitivity(ax: plt.Axes, cases: pd.DataFrame, change: str, what: str =
         ax.plot(places, values, lw=0.5, alpha=0.45, color=LINES[number])
     ax.plot(places, table.mean().to_numpy(), "o-", lw=2, ms=4, color=LINES[number], label=name or change)
     ax.set_xticks(places, [text.replace(" ", "\n") for text in order], fontsize=7)
-    _plain(ax, ylabel=label)
+    plain_axes(ax, ylabel=label)
 
 
 def sensitivity_figure(cases: pd.DataFrame, stamp_text: str = "") -> Figure:
@@ -351,11 +342,6 @@ def _read_kind(folder: Path) -> str:
     return read_json(folder / "run.json")["data"]["kind"]
 
 
-def kinds_of(runs: Mapping[tuple[str, int], Path]) -> str:
-    """The kinds of data of all runs: "phantom", "phantom and real", "none"."""
-    return " and ".join(sorted({_read_kind(folder) for folder in runs.values()})) or "none"
-
-
 def _of(runs: Mapping[tuple[str, int], Path], study: str) -> list[Path]:
     return [folder for (name, _), folder in runs.items() if name.split("/")[0] == study]
 
@@ -454,7 +440,7 @@ def _draw_scans(ax: plt.Axes, scans: pd.DataFrame) -> None:
     ax.set_yticks(places, scans["case"].str.replace("coronacases", "c").str.replace("radiopaedia", "r"))
     ax.invert_yaxis()
     ax.set_title("bars: ours; marks: cases.csv", fontsize=8)
-    _plain(ax, xlabel="infected share of the lungs")
+    plain_axes(ax, xlabel="infected share of the lungs")
     ax.tick_params(axis="y", labelsize=5.5)
 
 

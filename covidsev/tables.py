@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PAPER_ROWS', 'COLUMNS', 'SUBSETS', 'DICE_METRICS', 'LOSS_METRICS', 'TOOLBOX', 'CLASS_SCORES', 'COMPARED',
            'CLASS_TABLES', 'MEASURES', 'EFFICIENCY', 'read_csv', 'read_runs', 'read_many', 'row_titles', 'claims_of',
-           'only', 'terms', 'collect', 'data_kind', 'seed_interval', 'values_of', 'matched', 'summarise_rows',
-           'image_means', 'compare_rows', 'read_published', 'PaperRow', 'paper_titles', 'beyond_titles',
-           'printed_values', 'show', 'show_printed', 'show_p', 'as_markdown', 'save_table', 'init_of', 'wide_summary',
-           'loss_table', 'dice_table', 'dice_column', 'both_columns', 'show_change', 'loss_words', 'dice_words',
-           'two_column_words', 'compared_titles', 'published_rows', 'beside_published', 'scores_words', 'distance_to',
-           'subset_words', 'infnet_rows', 'class_scores', 'Comparison', 'ablations', 'compare_pairs', 'pair_words',
-           'efficiency_points', 'interval_by', 'arm_differences', 'judge', 'judge_all', 'histories', 'size_of_test',
-           'describe', 'with_coach', 'images_of', 'coach_ratios', 'local_files', 'results_folder', 'output_folder',
-           'save_record', 'local_folder', 'ranked_maps']
+           'only', 'terms', 'collect', 'data_kind', 'kinds_of', 'seed_interval', 'values_of', 'matched',
+           'summarise_rows', 'image_means', 'compare_rows', 'read_published', 'PaperRow', 'paper_titles',
+           'beyond_titles', 'printed_values', 'show', 'show_printed', 'show_p', 'as_markdown', 'save_table', 'init_of',
+           'wide_summary', 'loss_table', 'dice_table', 'dice_column', 'both_columns', 'show_change', 'loss_words',
+           'dice_words', 'two_column_words', 'compared_titles', 'published_rows', 'beside_published', 'scores_words',
+           'distance_to', 'subset_words', 'infnet_rows', 'class_scores', 'Comparison', 'ablations', 'compare_pairs',
+           'pair_words', 'efficiency_points', 'interval_by', 'arm_differences', 'judge', 'judge_all', 'histories',
+           'size_of_test', 'describe', 'with_coach', 'images_of', 'coach_ratios', 'local_files', 'results_folder',
+           'output_folder', 'save_record', 'local_folder', 'ranked_maps']
 
 # %% ../nbs/14b_tables.ipynb #cell-002
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -132,6 +132,13 @@ def data_kind(runs: Mapping[tuple[str, int], Path]) -> str:
     if len(kinds) != 1:
         raise ConfigError("real slices and phantoms are mixed in one table", found=sorted(kinds))
     return kinds.pop()
+
+
+def kinds_of(runs: Mapping[tuple[str, int], Path]) -> str:
+    """The kinds of data of runs that may differ in it, each once: "phantom", "real and phantom"; "none" where
+    no run has data."""
+    kinds = {kind for folder in runs.values() for kind in _record(folder)["data"]["kind"].split(" and ")}
+    return " and ".join(sorted(kinds - {"none"}, reverse=True)) or "none"
 
 # %% ../nbs/14b_tables.ipynb #cell-013
 def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:

@@ -6,7 +6,6 @@
 __all__ = ['due_runs', 'Job', 'rule_name', 'grid_jobs', 'cohort_jobs', 'jobs_of', 'agreed_jobs', 'make_run', 'main']
 
 # %% ../nbs/15e_workflow.ipynb #cell-002
-import ast
 import os
 import re
 import secrets
@@ -17,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import ConfigError, CovidSevError, check_choice, data_root, repo_root
-from .experiments import (Places, Planned, Run, _ask_for_kept, _need_key, cache_parts, data_key,
-                                  describe, examine, execute_plan, load_registry, plan_runs, stale_reasons)
+from .config import ConfigError, CovidSevError, check_choice, repo_root
+from .experiments import (Places, Planned, Run, data_folder, describe, examine, execute_plan,
+                                  load_registry, parse_settings, plan_runs)
 from .provenance import cache_key, read_json, sha256_json, write_json
 
 # %% ../nbs/15e_workflow.ipynb #cell-005
@@ -28,17 +27,8 @@ def due_runs(profile: str, only: Sequence[str] = (), rows: Sequence[str] = (), s
              data: str | Path | None = None) -> list[Planned]:
     """The plan of a request, as `covidsev reproduce --explain` prints it, on a machine that need not have the
     GPUs. Errors as there, but for devices."""
-    places, found = Places(Path(root or repo_root()).resolve()), data_root(data)
-    where, planned = str(found.resolve()) if found else "", {}
     runs = plan_runs(load_registry(), profile, only or None, rows or None, seeds or None, dict(changes or {}))
-    for run in runs:
-        needs = {name: _need_key(name, planned, run, places) for name in run.needs}
-        parts = cache_parts(run, data_key(run.parameters, where), needs)
-        reasons = stale_reasons(run, places, parts)
-        again = [name for name in run.needs if name in planned and planned[name].reasons]
-        planned[run.name] = Planned(run, parts, reasons or [f"{name} runs again" for name in again[:1]])
-    _ask_for_kept(planned, places)
-    return list(planned.values())
+    return examine(runs, Places(Path(root or repo_root()).resolve()), data=data_folder(data), here=False)
 
 # %% ../nbs/15e_workflow.ipynb #cell-009
 class Job(NamedTuple):
@@ -162,22 +152,6 @@ def _listed(value: Any) -> list[str]:
         item.strip() for item in str("" if value is None else value).split(",") if item.strip()]
 
 
-def _changes(value: Any) -> dict[str, Any]:
-    """{"epochs": 2} of "epochs=2 size=64"; `ConfigError` for a word without "="."""
-    pairs = [pair.partition("=") for pair in shlex.split(str(value or ""))]
-    if not all(name and equals for name, equals, _ in pairs):
-        raise ConfigError("set needs NAME=VALUE words", found=value, fix="such as: set='epochs=2 size=64'")
-    return {name: _literal(text) for name, _, text in pairs}
-
-
-def _literal(text: str) -> Any:
-    """A number, a list, True or None if `text` is one in Python, else the text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def jobs_of(config: Mapping[str, Any], plan: str = "plan") -> list[Job]:
     """The jobs that a Snakemake `config` asks for: a cohort if it names one, else the grid of a profile.
 
@@ -195,7 +169,7 @@ def jobs_of(config: Mapping[str, Any], plan: str = "plan") -> list[Job]:
     only, rows, seeds = (_listed(config.get(name)) for name in ("only", "row", "seed"))
     places = {"root": config.get("out"), "data": config.get("data_root"), "plan": plan}
     return grid_jobs(config.get("profile", "smoke"), only, rows, [int(seed) for seed in seeds],
-                     _changes(config.get("set")), **places)
+                     parse_settings(shlex.split(str(config.get("set") or ""))), **places)
 
 
 def agreed_jobs(config: Mapping[str, Any], folder: str | Path = "plans") -> list[Job]:
@@ -217,8 +191,7 @@ def make_run(profile: str, only: str, row: str = "", seed: int | None = None,
              changes: Mapping[str, Any] | None = None, *, root: str | Path | None = None,
              data: str | Path | None = None) -> list[Planned]:
     """Makes one run, and what it needs and is not there, as `reproduce` does, but writes no manifest."""
-    places, found = Places(Path(root or repo_root()).resolve()), data_root(data)
-    where = str(found.resolve()) if found else ""
+    places, where = Places(Path(root or repo_root()).resolve()), data_folder(data)
     runs = plan_runs(load_registry(), profile, [only], [row] if row else None,
                      None if seed is None else [seed], dict(changes or {}))
     planned = examine(runs, places, data=where)
@@ -238,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     given = parser.parse_args(arguments)
     try:
-        make_run(given.profile, given.only, given.row, given.seed, _changes(shlex.join(given.set)),
+        make_run(given.profile, given.only, given.row, given.seed, parse_settings(given.set),
                  root=given.out or None, data=given.data_root or None)
     except CovidSevError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

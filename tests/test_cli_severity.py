@@ -118,7 +118,8 @@ def test_every_option_reaches_the_library(clinic, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cases, "process_cases", record)
     words = {"--window": "-600,1500", "--hu-offset": "-1024", "--assume-orientation": "LPS", "--nan-fill": "-1024",
-             "--volume": "2", "--first-slice": "bottom", "--pictures": "slices", "--lungs": "l", "--lobes": "o",
+             "--volume": "2", "--first-slice": "bottom", "--pictures": "slices", "--picture-axes": "LP",
+             "--lungs": "l", "--lobes": "o",
              "--label-map": "lungs:3=1", "--binarize": "lobes:4", "--lung-engine": "lungmask", "--lung-model": "R231",
              "--lung-weights": "lw", "--lung-weights-sha256": "ab", "--weights": "w", "--weights-multi": "m",
              "--weights-sha256": "cd", "--threshold": "0.3", "--device": "auto", "--batch-size": "2", "--id-salt": "s",

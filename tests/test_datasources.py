@@ -238,8 +238,8 @@ def test_mosmed_classes_come_from_the_registry_or_the_folders(tmp_path, registry
 
 @pytest.mark.parametrize("row, error, words", [
     ("9,CT-1,/../../secret.nii.gz,", ConfigError, "leads out of its data set"),
-    ("9,CT-5,/a.nii.gz,", ConfigError, "row 2"),
-    ("9,CT-1,/a,\n9,CT-1,/a,", ConfigError, "row 3"),
+    ("9,CT-5,/a.nii.gz,", ConfigError, r"(?s)row 2 of the registry.*dataset_registry.csv.*9, CT-5.*CT-0, CT-1"),
+    ("9,CT-1,/a,\n9,CT-1,/a,", ConfigError, "(?s)row 3 of the registry.*each study once"),
     ("255,CT-2,/a,", ConfigError, "two classes")])
 def test_mosmed_registries_that_are_refused(tmp_path, row, error, words):
     root = mosmed(tmp_path, f"study_id,category,study_file,mask_file\n{row}\n")
@@ -280,7 +280,7 @@ def test_medseg_with_a_slice_map_is_grouped_by_patient_and_still_joined_to_semis
     component = join_groups([*samples, semiseg])
     assert component["medseg1:0"] == component["medseg1:patient-p1"] != component["medseg1:patient-p2"]
     (root / "slice_map.csv").write_text("slice;patient\n0;p1\n0;p2\n")
-    with pytest.raises(ConfigError, match="row 3"):
+    with pytest.raises(ConfigError, match="(?s)row 3 of the slice map.*slice_map.csv.*each slice once"):
         list(get_source("medseg").find(root))
 
 
@@ -364,8 +364,9 @@ def test_ictcf_flat_files_and_slices_without_a_patient(tmp_path):
 def test_a_patient_who_is_not_in_the_table_is_named(tmp_path):
     picture(tmp_path / "Patient 99" / "1.jpg")
     (tmp_path / "patients.csv").write_text(TABLE, encoding="utf-8")
-    with pytest.raises(ConfigError, match="Patient 99"):
+    with pytest.raises(ConfigError) as caught:
         list(get_source("ictcf").find(tmp_path))
+    assert "Patient 99" in str(caught.value) and "patients.csv" in str(caught.value)
 
 
 def test_the_site_text_has_no_header(tmp_path):
@@ -384,6 +385,22 @@ def test_an_unknown_class_is_never_a_severity(tmp_path_factory, word):
         return
     with pytest.raises(ConfigError, match="row 2"):
         read_ictcf_table(path)
+
+
+def test_every_bad_row_of_a_table_of_labels_is_listed_with_its_number(tmp_path):
+    """Semicolons, a byte order mark, and four rows that cannot be used: nobody of them is taken for mild."""
+    path = tmp_path / "patients.csv"
+    rows = ["Patient;Morbidity", "Patient 1;Mild", "Patient 2;Mildly severe?", ";Severe", "Patient 1;Severe", "Patient 4;Regular",
+            "Patient 5;moderate"]
+    path.write_text("\ufeff" + "\r\n".join(rows), encoding="utf-8", newline="")
+    with pytest.raises(ConfigError) as caught:
+        read_ictcf_table(path)
+    text = str(caught.value)
+    for words in ("4 rows of the table of patients cannot be used", "file: ", "patients.csv", "row 3: unknown class",
+                  "row 4: no patient", "row 5: patient 1 is already in row 2", "row 7: unknown class 'moderate'",
+                  "expected: each patient once", "do: correct the table; an unknown class is never taken for a mild one"):
+        assert words in text, text
+    assert "row 2:" not in text and "row 6" not in text
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

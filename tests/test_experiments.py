@@ -4,20 +4,20 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from hypothesis import given, strategies as st
 from papermill import PapermillExecutionError
+from toys import experiment, table, write_notebook
 
 from covidsev import experiments
 from covidsev.config import ConfigError, CovidSevError, DataMissingError, NotebookError, RunLockedError, repo_root
-from covidsev.experiments import (Places, Run, check_manifest, lint_notebook, load_registry, notebook_parameters, plan_runs,
-                                  run_notebook)
+from covidsev.experiments import (Places, Run, check_manifest, lint_notebook, load_registry, notebook_parameters, parse_settings,
+                                  plan_runs, run_notebook)
 from covidsev.provenance import cache_key, read_json, run_lock
 
 SETTINGS = 'profile = "smoke"\nrow = "a"\nseed = 0\nepochs = 3\noutput = ""'
@@ -32,14 +32,6 @@ out = pathlib.Path(output)
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setenv("COVIDSEV_QUIET", "1")
-
-
-def write_notebook(path, *cells, tags=("parameters",)):
-    notebook = new_notebook(cells=[new_code_cell(textwrap.dedent(cell)) for cell in cells],
-                            metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}})
-    notebook.cells[0].metadata["tags"] = list(tags)
-    nbformat.write(notebook, path)
-    return path
 
 
 def toy_run(notebook, outputs=("metrics.csv",), needs=(), kind="compute", seed=0, **parameters):
@@ -115,6 +107,36 @@ def test_failed_render_leaves_figures_alone(tmp_path):
 def test_misspelt_parameter_is_refused_with_a_suggestion():
     with pytest.raises(ConfigError, match="did you mean 'epochs'"):
         experiments.resolve(load_registry(), "smoke", "train_single", "sinfnet", 0, {"epohcs": 1})
+
+
+@pytest.mark.parametrize("text, value", [
+    ("1", 1), (" 1e-4 ", 1e-4), ("-2", -2), ("None", None), ("True", True), ("False", False), ("[0.5, 1.0]", [0.5, 1.0]),
+    ("('a', 1)", ("a", 1)), ("{'a': [None]}", {"a": [None]}), ("'7'", "7"), ("'true'", "true"), ("none", "none"), ("phantom", "phantom"),
+    ("x=y", "x=y"), ("a b", "a b"), ("", ""), ("1.0.0", "1.0.0"), ("[1, 2", "[1, 2"), ("{[1]: 2}", "{[1]: 2}"), ("(" * 999, "(" * 999)])
+def test_a_setting_is_what_python_reads_or_the_text(text, value):
+    assert parse_settings([f"start={text}"]) == {"start": value}
+    assert type(parse_settings([f" start = {text}"])["start"]) is type(value)
+
+
+JSON_VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+                           lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=6)
+
+
+@given(JSON_VALUES)
+def test_a_setting_that_python_wrote_is_read_back(value):
+    """As `covidsev.workflow` hands settings on to its jobs."""
+    assert parse_settings([f"x={value!r}"]) == {"x": value}
+
+
+@pytest.mark.parametrize("pair, why", [("epochs", "NAME=VALUE"), ("=2", "NAME=VALUE"), (" = 2", "NAME=VALUE"), ("", "NAME=VALUE"),
+                                       ("amp=true", "amp=True"), ("amp= false", "amp=False"), ("start=null", "start=None")])
+def test_a_setting_without_name_or_in_another_spelling_is_refused(pair, why):
+    with pytest.raises(ConfigError, match=why):
+        parse_settings(["size=64", pair])
+
+
+def test_of_a_setting_given_twice_the_last_counts():
+    assert parse_settings(["a=1", "b=2", "a=3"]) == {"a": 3, "b": 2} and parse_settings(()) == {}
 
 
 def test_misspelt_parameter_in_the_registry_is_refused(tmp_path):
@@ -247,76 +269,21 @@ def test_child_that_dies_is_an_error_and_not_a_hang(tmp_path, monkeypatch):
     assert time.monotonic() - started < 30
 
 
-TOY = """
-[profiles.smoke]
-title = "toy"
-seeds = [0, 1]
-rows.train = ["plain", "started", "loop"]
-rows.pretext = ["coach", "random"]
-rows.priors = ["fold"]
-[experiments.table]
-title = "Table"
-notebook = "table.ipynb"
-kind = "render"
-needs = ["train"]
-[experiments.picture]
-title = "Picture"
-notebook = "table.ipynb"
-kind = "render"
-needs = ["pretext/coach", "priors/fold@0"]
-[experiments.train]
-title = "Train"
-notebook = "work.ipynb"
-kind = "compute"
-outputs = ["metrics.csv"]
-[experiments.train.rows.plain]
-title = "Plain"
-parameters = { row = "plain" }
-[experiments.train.rows.started]
-title = "Started"
-parameters = { start = "pretext/coach" }
-needs = ["pretext/coach", "priors/fold@0"]
-[experiments.train.rows.loop]
-title = "Loop"
-parameters = { start = "labels/loop" }
-needs = ["labels/loop"]
-[experiments.train.rows.spare]
-title = "Named in no profile"
-parameters = {}
-needs = ["pretext/spare"]
-[experiments.pretext]
-title = "Pretext"
-notebook = "pretext.ipynb"
-kind = "compute"
-outputs = ["metrics.csv"]
-keeps = ["start.pt"]
-[experiments.pretext.rows.coach]
-title = "Coach"
-parameters = {}
-[experiments.pretext.rows.random]
-title = "Random"
-parameters = {}
-[experiments.pretext.rows.spare]
-title = "Spare"
-parameters = {}
-[experiments.labels]
-title = "Labels"
-notebook = "work.ipynb"
-kind = "compute"
-outputs = ["metrics.csv"]
-[experiments.labels.rows.loop]
-title = "Loop"
-parameters = {}
-needs = ["train/plain"]
-[experiments.priors]
-title = "Priors"
-notebook = "work.ipynb"
-kind = "compute"
-outputs = ["metrics.csv"]
-[experiments.priors.rows.fold]
-title = "Folds"
-parameters = {}
-"""
+CHAIN = ["pretext/coach", "priors/fold@0"]
+TOY = "".join([
+    table("profiles.smoke", title="toy", seeds=[0, 1],
+          rows={"train": ["plain", "started", "loop"], "pretext": ["coach", "random"], "priors": ["fold"]}),
+    experiment("table", "table.ipynb", needs=["train"]),
+    experiment("picture", "table.ipynb", needs=CHAIN),
+    experiment("train", rows={
+        "plain": {"parameters": {"row": "plain"}},
+        "started": {"parameters": {"start": "pretext/coach"}, "needs": CHAIN},
+        "loop": {"parameters": {"start": "labels/loop"}, "needs": ["labels/loop"]},
+        "spare": {"needs": ["pretext/spare"]}}),  # named in no profile
+    experiment("pretext", "pretext.ipynb", {"coach": {}, "random": {}, "spare": {}}, keeps=["start.pt"]),
+    experiment("labels", rows={"loop": {"needs": ["train/plain"]}}),
+    experiment("priors", rows={"fold": {}}),
+])
 TRAIN = 'profile = "smoke"\nrow = "a"\nseed = 0\nepochs = 3\nstart = ""\noutput = ""\ncheckpoints = ""'
 RECORD = """
 import json, pathlib

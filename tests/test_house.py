@@ -213,3 +213,11 @@ def test_no_errors_are_kept_in_notebooks():
     failed = [notebook.name for notebook in LIBRARY + EXPERIMENTS for cell in cells(notebook)
               for output in cell.get("outputs", []) if output["output_type"] == "error"]
     assert not failed
+
+
+def test_next_links_follow_the_reading_order():
+    """Each library notebook ends with a link to the one after it."""
+    for notebook, after in zip(LIBRARY, LIBRARY[1:]):
+        prose = "\n".join(cell["source"] for cell in cells(notebook) if cell["cell_type"] == "markdown")
+        link = re.search(r"\]\(([^)]+)\)", prose.partition("## Next")[2])
+        assert link and link[1] == after.name, f"{notebook.name}: its Next should lead to {after.name}"

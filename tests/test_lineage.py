@@ -4,12 +4,12 @@ import subprocess
 import sys
 import xml.dom.minidom
 
-import nbformat
 import pytest
+import yaml
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from nbformat.v4 import new_code_cell, new_notebook
+from toys import experiment, table, write_notebook
 
 from covidsev import lineage
 from covidsev.cli import main
@@ -20,24 +20,10 @@ from covidsev.provenance import read_json, write_bytes, write_json
 ROOT = repo_root()
 
 
-TOY = """
-[profiles.cpu]
-title = "toy"
-seeds = [0]
-rows.train_single = ["sinfnet"]
-[experiments.train_single]
-title = "Train"
-notebook = "train.ipynb"
-kind = "compute"
-outputs = ["metrics.csv"]
-rows.sinfnet = { title = "SInfNet", parameters = {} }
-[experiments.table2_dice]
-title = "Table"
-notebook = "table.ipynb"
-kind = "render"
-needs = ["train_single"]
-outputs = ["tables/table2_dice.csv", "tables/table2_dice.md", "tables/table2_dice.tex"]
-"""
+OUTPUTS = [f"tables/table2_dice.{suffix}" for suffix in ("csv", "md", "tex")]
+TOY = "".join([table("profiles.cpu", title="toy", seeds=[0], rows={"train_single": ["sinfnet"]}),
+               experiment("train_single", "train.ipynb", {"sinfnet": {}}),
+               experiment("table2_dice", "table.ipynb", needs=["train_single"], outputs=OUTPUTS)])
 SETTINGS = 'profile = "cpu"\nresults = ""\noutput = ""'
 TABLE = """
 from covidsev import experiments, tables
@@ -60,11 +46,8 @@ def registry(tmp_path_factory):
     """A small one: a run, and a table that reads it."""
     folder = tmp_path_factory.mktemp("registry")
     (folder / "toy.toml").write_text(TOY)
-    for name, cells in (("train", [SETTINGS]), ("table", [SETTINGS, TABLE])):
-        notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells],
-                                metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}})
-        notebook.cells[0].metadata["tags"] = ["parameters"]
-        nbformat.write(notebook, folder / f"{name}.ipynb")
+    write_notebook(folder / "train.ipynb", SETTINGS)
+    write_notebook(folder / "table.ipynb", SETTINGS, TABLE)
     return load_registry(folder / "toy.toml")
 
 
@@ -219,10 +202,22 @@ def test_generated_files_are_the_committed_ones():
         assert (ROOT / name).is_file() and (ROOT / name).read_text(encoding="utf-8") == text, f"run: covidsev metadata ({name})"
 
 
+TREES = st.recursive(st.text(st.characters(blacklist_categories=("Cs",))) | st.integers() | st.none() | st.booleans(),
+                     lambda inner: st.lists(inner) | st.dictionaries(st.text("abc-_ :#", min_size=1), inner), max_leaves=8)
+
+
+@given(st.dictionaries(st.sampled_from(["version", "title", "authors"]), TREES))
+def test_yaml_is_read_back_as_it_was(tree):
+    again = yaml.safe_load(lineage._yaml(tree))
+    assert again == tree and list(again) == list(tree)
+
+
 def test_generated_yaml_is_yaml(whole):
-    yaml, registry = pytest.importorskip("yaml"), whole
-    files = lineage.metadata_files(registry=registry)
-    citation, check = yaml.safe_load(files["CITATION.cff"]), yaml.safe_load(files["codecheck.yml"])
+    registry, read = whole, lambda name: yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+    citation, check = read("CITATION.cff"), read("codecheck.yml")
+    source = lineage.read_checklists(ROOT)["citation"]
+    assert citation["references"] == source["references"] and citation["keywords"] == source["keywords"]
+    assert citation["version"] == lineage.read_settings(ROOT)["version"] and isinstance(citation["version"], str)
     assert citation["cff-version"] == "1.2.0" and len(citation["references"]) == 2
     assert len(citation["references"][0]["authors"]) == len(check["paper"]["authors"]) == 5
     rendered = [name for each in registry.experiments.values() if each.kind == "render" for name in each.outputs]

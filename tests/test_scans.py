@@ -57,11 +57,12 @@ def scan(tmp_path):
 
 
 def fails(error, *texts, call=read_scan, **options):
-    """A check that `call` raises `error` with every one of `texts` in its message."""
+    """A check that `call` raises `error` with every one of `texts` in its message, and the file if it is about one."""
     def check(*arguments):
         with pytest.raises(error) as caught:
             call(*arguments, **options)
-        for text in texts:
+        about = () if isinstance(caught.value, ConfigError) else (arguments[0].name,)
+        for text in (*texts, *about):
             assert text in str(caught.value), str(caught.value)
         return str(caught.value)
     return check
@@ -225,6 +226,8 @@ def test_a_single_sagittal_slice_is_refused(tmp_path):
      "sform and qform disagree")])
 def test_geometry_that_cannot_be_believed(tmp_path, fields, text):
     message = fails(GeometryError, text, "a.nii")(save(tmp_path / "a.nii", **fields))
+    if "voxel sizes disagree" in text:
+        assert "sform [0.8, 0.8, 5.0] mm" in message and "pixdim [0.8, 0.8, 2.5] mm" in message
     if "disagree" in text and "qform" in text:
         assert "sform -0.8 0 0 15" in message and "qform 0.8 0 0" in message  # both are shown
 
@@ -293,6 +296,8 @@ def test_nan_is_counted_and_filled_on_request(tmp_path):
 def test_scaling_that_is_no_number(tmp_path, slope, inter):
     found = read_scan(save(tmp_path / "a.nii", scl_slope=slope, scl_inter=inter))
     assert found.warnings[0].startswith("scl_invalid") and np.array_equal(found.hu, VOLUME[::-1, ::-1])
+    raw = save(tmp_path / "raw.nii", VOLUME + 1024, scl_slope=slope, scl_inter=inter)
+    fails(IntensityError, "not Hounsfield units", "--hu-offset -1024")(raw)  # never taken for HU unseen
 
 
 def test_values_that_are_no_hounsfield_units(tmp_path):
@@ -747,8 +752,8 @@ def test_paths_that_are_not_there(tmp_path):
     fails(ConfigError, "No such file")(tmp_path / "nothing.nii")
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    fails(ConfigError, "loop")(loop)
-    fails(ConfigError, call=find_cases)(loop)
+    fails(ConfigError, "loop", "check the path")(loop)
+    fails(ConfigError, "not a file or folder that can be read", str(loop), "check the path", call=find_cases)(loop)
     (tmp_path / "empty").mkdir()
     fails(ReadError, "no scan in this folder")(tmp_path / "empty")
 

@@ -184,7 +184,7 @@ def test_a_random_scale_comes_from_the_generator():
     assert draws[0] == draws[1] and len(set(draws[0])) > 1
 
 
-# --- sizes that do not divide (severity 6.4 row 55) and missing classes -------------------------------------
+# --- sizes that do not divide, and missing classes ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("count, batch_size", [(2, 8), (3, 2), (5, 4), (4, 1), (9, 4)])

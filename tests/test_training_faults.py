@@ -194,12 +194,17 @@ def test_weights_of_another_network_are_refused_with_the_first_names(tmp_path):
         fit(tiny(width=5), TRAIN, VAL, CONFIG, tmp_path)
     assert "conv.weight (3, 1, 3, 3) instead of (5, 1, 3, 3)" in str(caught.value)
     weights = load_checkpoint(tmp_path / "best.pt")["weights"]
-    with pytest.raises(CheckpointError, match="5 missing|remove the prefix 'module.'"):
-        load_weights(tiny(), {f"module.{name}": value for name, value in weights.items()})
+    names = list(tiny().state_dict())
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(tiny(), {f"module.{name}": value for name, value in weights.items()}, file="best.pt")
+    first, prefixed = ", ".join(names[:5]), ", ".join(f"module.{name}" for name in names[:5])
+    for words in (f"{len(names)} missing: {first};", f"{len(names)} unexpected: {prefixed}\n", "file: best.pt",
+                  "remove the prefix 'module.'"):  # the first five of eight, and what to do
+        assert words in str(caught.value)
     weights.pop("head.bias")
-    with pytest.raises(CheckpointError, match="1 missing: head.bias"):
+    with pytest.raises(CheckpointError, match="1 missing: head.bias(.|\n)*build the network that the checkpoint was trained"):
         load_weights(tiny(), weights)
-    with pytest.raises(CheckpointError, match="9 missing|8 missing|missing: conv.weight"):
+    with pytest.raises(CheckpointError, match=f"{len(names)} missing: conv.weight(.|\n)*1 unexpected: other"):
         load_weights(tiny(), {"other": torch.zeros(1)})
 
 
@@ -298,6 +303,24 @@ def test_the_best_weights_since_the_last_save_survive_a_nan(tmp_path):
             on_forward=lambda step, logits: logits * (float("nan") if step == 8 else 1),
         )
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] <= 2 and not (tmp_path / "last.pt").exists()
+
+
+# --- row 54: mixed precision --------------------------------------------------------------------------------
+
+
+def test_mixed_precision_has_no_scaler_that_could_skip_a_step_unseen(tmp_path, monkeypatch):
+    """bfloat16 reaches as far as float32, so nothing is scaled; a step that overflows stops the run like any other."""
+    monkeypatch.setattr(training, "_autocast", lambda images, config: torch.autocast("cpu", torch.bfloat16))
+    seen = []
+
+    def huge(step, logits):
+        seen.append(logits.dtype)
+        return logits * (1e39 if step == 8 else 1e4)  # 1e4 squared is beyond float16, and fine here
+
+    with pytest.raises(NonFiniteError, match="epoch 3, batch 2"):
+        run(tmp_path, replace(CONFIG, amp=True), on_forward=huge)
+    assert set(seen) == {torch.bfloat16} and len(seen) == 8  # no step was left out, and none came after
+    assert load_latest(tmp_path)["epoch"] == 2
 
 
 # --- row 57: full disk --------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_what_a_run_needs_comes_first(tmp_path):
 
 def test_a_gpu_is_asked_for_and_need_not_be_here(tmp_path, monkeypatch):
     """The machine that hands out jobs has none; the runner itself would refuse."""
-    monkeypatch.setattr(workflow, "data_key", lambda parameters, data: {"train": "0"})
+    monkeypatch.setattr(experiments, "data_key", lambda parameters, data: {"train": "0"})
     jobs = grid_jobs("paper", ["train_single"], ["unet"], [0], root=tmp_path)
     assert [job.gpus for job in jobs if job.name.startswith("train_single")] == [1] and jobs[-1].gpus == 0
 
@@ -58,6 +58,7 @@ def test_a_gpu_is_asked_for_and_need_not_be_here(tmp_path, monkeypatch):
 def test_wrong_requests_are_refused(tmp_path):
     for config, words in (({"profile": "smok"}, "did you mean 'smoke'"), ({"only": "train_singel"}, "did you mean"),
                           ({"row": "unett"}, "unknown row"), ({"set": "epochs"}, "NAME=VALUE"), ({"set": "epoch=1"}, "epoch"),
+                          ({"set": "epochs=2 augment=false"}, "augment=False"),
                           ({"rows": "unet"}, "did you mean 'row'"), ({"cohort": str(tmp_path)}, "out=FOLDER"),
                           ({"cohort": str(tmp_path / "no"), "out": "x"}, "folder"),
                           ({"cohort": str(tmp_path), "out": "x", "profile": "cpu"}, "unknown key")):

@@ -1,0 +1,36 @@
+"""Small notebooks and registries, for tests of the runner and of what reads its records."""
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_notebook
+
+
+def write_notebook(path: Path, *cells: str, tags: tuple[str, ...] = ("parameters",)) -> Path:
+    """A notebook of these code cells; the first has the `tags`."""
+    notebook = new_notebook(cells=[new_code_cell(textwrap.dedent(cell)) for cell in cells],
+                            metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}})
+    notebook.cells[0].metadata["tags"] = list(tags)
+    nbformat.write(notebook, path)
+    return path
+
+
+def table(name: str, **lines: Any) -> str:
+    """[name] and its lines as TOML, which writes texts, numbers and lists like JSON; a dictionary on one line."""
+    def value(item: Any) -> str:
+        if isinstance(item, dict):
+            return "{ " + ", ".join(f"{key} = {value(each)}" for key, each in item.items()) + " }"
+        return json.dumps(item)
+
+    return "\n".join([f"[{name}]", *(f"{key} = {value(item)}" for key, item in lines.items())]) + "\n"
+
+
+def experiment(name: str, notebook: str = "work.ipynb", rows: dict[str, dict] | None = None, **lines: Any) -> str:
+    """An experiment of a toy registry. It computes, or draws if it has no rows; a title is the name; rows: name ->
+    its lines, of which `parameters` may be left out."""
+    shape = {"kind": "compute", "outputs": ["metrics.csv"]} if rows else {"kind": "render"}
+    parts = [table(f"experiments.{name}", title=name.capitalize(), notebook=notebook, **{**shape, **lines})]
+    return "".join(parts + [table(f"experiments.{name}.rows.{row}", title=row.capitalize(), **{"parameters": {}, **more})
+                            for row, more in (rows or {}).items()])
