@@ -149,9 +149,11 @@ def _check_references(registry: Registry, file: Path) -> None:
             check_choice(f"experiment needed by {name}", other, registry.experiments)
             row and check_choice(f"row needed by {name}", row, registry.experiments[other].rows)
     for profile in registry.profiles.values():
-        for name in [*profile.rows, *profile.parameters]:
+        named = [name.partition("/") for name in profile.parameters]  # "experiment" or "experiment/row"
+        for name in [*profile.rows, *(name for name, _, _ in named)]:
             check_choice(f"experiment in profile {profile.name}", name, registry.experiments)
-        for name, rows in profile.rows.items():
+        of_rows = [(name, [row]) for name, slash, row in named if slash]
+        for name, rows in [*profile.rows.items(), *of_rows]:
             for row in rows:
                 check_choice(f"row of {name} in profile {profile.name}", row, registry.experiments[name].rows)
     try:
@@ -362,12 +364,13 @@ def needed_runs(registry: Registry, profile: str, experiment: str, row: str,
 # %% ../nbs/15_experiments.ipynb #cell-032
 def full_parameters(registry: Registry, profile: str, experiment: str, row: str,
                     given: dict) -> dict[str, Any]:
-    """Every parameter of a notebook: its defaults < profile < row < `given`; unknown names are a
-    `ConfigError`."""
+    """Every parameter of a notebook: its defaults < profile < row < row in this profile < `given`; unknown
+    names are a `ConfigError`."""
     each = registry.experiments[experiment]
     of_row = each.rows[check_choice(f"row of {experiment}", row, each.rows)]["parameters"] if row else {}
     defaults = notebook_parameters(each.notebook)
-    changed = {**registry.profiles[profile].parameters.get(experiment, {}), **of_row, **given}
+    of_profile = registry.profiles[profile].parameters
+    changed = {**of_profile.get(experiment, {}), **of_row, **of_profile.get(f"{experiment}/{row}", {}), **given}
     check_parameters(each.notebook, defaults, changed)
     return {**defaults, **changed}
 

@@ -359,6 +359,19 @@ def test_a_row_brings_exactly_the_rows_that_it_needs(toys):
     assert planned_names(toys, "pretext", seeds=[0]) == ["pretext/coach-seed0", "pretext/random-seed0"]
 
 
+def test_a_profile_may_set_what_one_row_sets_otherwise(toys):
+    """Defaults, then profile, then row, then the row in this profile, then what is asked for."""
+    name, more = toys / "toy.toml", '\n[profiles.smoke.parameters."train/started"]\nepochs = 7\n'
+    name.write_text(TOY + more)
+    registry = load_registry(name)
+    epochs = {row: experiments.resolve(registry, "smoke", "train", row, 0).parameters["epochs"] for row in ("plain", "started")}
+    assert epochs["started"] == 7 != epochs["plain"]
+    assert experiments.resolve(registry, "smoke", "train", "started", 0, {"epochs": 9}).parameters["epochs"] == 9
+    name.write_text(TOY + more.replace("started", "startled"))
+    with pytest.raises(ConfigError, match="row of train in profile smoke 'startled'"):
+        load_registry(name)
+
+
 def test_tables_are_content_with_the_rows_that_were_asked_for(toys):
     assert planned_names(toys, "table", rows=["plain"], seeds=[0]) == ["train/plain-seed0", "table"]
     assert planned_names(toys, "table", rows=["started"], seeds=[1]) == [
