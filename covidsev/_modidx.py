@@ -2316,6 +2316,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                    'covidsev.workflow._machine': ('workflow.html#_machine', 'covidsev/workflow.py'),
                                    'covidsev.workflow._mark': ('workflow.html#_mark', 'covidsev/workflow.py'),
                                    'covidsev.workflow._options': ('workflow.html#_options', 'covidsev/workflow.py'),
+                                   'covidsev.workflow._words': ('workflow.html#_words', 'covidsev/workflow.py'),
                                    'covidsev.workflow.agreed_jobs': ('workflow.html#agreed_jobs', 'covidsev/workflow.py'),
                                    'covidsev.workflow.cohort_jobs': ('workflow.html#cohort_jobs', 'covidsev/workflow.py'),
                                    'covidsev.workflow.due_runs': ('workflow.html#due_runs', 'covidsev/workflow.py'),

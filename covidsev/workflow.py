@@ -94,6 +94,15 @@ def grid_jobs(profile: str, only: Sequence[str] = (), rows: Sequence[str] = (), 
     return [*jobs, Job("manifest", command, f"marks/{plan}/{profile}/manifest", tuple(marks.values()))]
 
 # %% ../nbs/15e_workflow.ipynb #cell-017
+def _words(text: Any) -> list[str]:
+    """The words of a text as a shell reads them; `ConfigError` for a quotation mark without another."""
+    try:
+        return shlex.split(str(text or ""))
+    except ValueError as error:
+        raise ConfigError("words that a shell could not read", found=f"{text}: {error}",
+                          fix="close the quotation mark") from None
+
+
 def _case_command(case: Any, folder: str, options: Sequence[str]) -> str:
     """Scores one case; a case that cannot be scored is no failed job, it is listed at the end."""
     masks = [part for what, path in case.masks.items() for part in (f"--{what}", str(path.resolve()))]
@@ -128,7 +137,7 @@ def cohort_jobs(path: str | Path, out: str | Path, options: str = "", *, picture
     cases or masks are not clear."""
     from covidsev.cases import Options, list_cases
 
-    path, out, words = Path(path).resolve(), Path(out).resolve(), shlex.split(options)
+    path, out, words = Path(path).resolve(), Path(out).resolve(), _words(options)
     _check_words(words)
     given = {what: str(Path(folder).resolve()) for what, folder in (masks or {}).items()}
     cases = list_cases(path, Options(pictures=pictures, **given))
@@ -169,7 +178,7 @@ def jobs_of(config: Mapping[str, Any], plan: str = "plan") -> list[Job]:
     only, rows, seeds = (_listed(config.get(name)) for name in ("only", "row", "seed"))
     places = {"root": config.get("out"), "data": config.get("data_root"), "plan": plan}
     return grid_jobs(config.get("profile", "smoke"), only, rows, [int(seed) for seed in seeds],
-                     parse_settings(shlex.split(str(config.get("set") or ""))), **places)
+                     parse_settings(_words(config.get("set"))), **places)
 
 
 def agreed_jobs(config: Mapping[str, Any], folder: str | Path = "plans") -> list[Job]:

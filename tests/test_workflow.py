@@ -57,7 +57,7 @@ def test_a_gpu_is_asked_for_and_need_not_be_here(tmp_path, monkeypatch):
 
 def test_wrong_requests_are_refused(tmp_path):
     for config, words in (({"profile": "smok"}, "did you mean 'smoke'"), ({"only": "train_singel"}, "did you mean"),
-                          ({"row": "unett"}, "unknown row"), ({"set": "epochs"}, "NAME=VALUE"), ({"set": "epoch=1"}, "epoch"),
+                          ({"row": "unett"}, "unknown row"), ({"set": "epochs"}, "NAME=VALUE"), ({"set": "data='phantom"}, "close the quotation mark"), ({"set": "epoch=1"}, "epoch"),
                           ({"set": "epochs=2 augment=false"}, "augment=False"),
                           ({"rows": "unet"}, "did you mean 'row'"), ({"cohort": str(tmp_path)}, "out=FOLDER"),
                           ({"cohort": str(tmp_path / "no"), "out": "x"}, "folder"),
