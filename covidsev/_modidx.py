@@ -1028,6 +1028,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                   'covidsev.figures._draw_seeds': ('figures.html#_draw_seeds', 'covidsev/figures.py'),
                                   'covidsev.figures._grey_to_rgb': ('figures.html#_grey_to_rgb', 'covidsev/figures.py'),
                                   'covidsev.figures._grid_of': ('figures.html#_grid_of', 'covidsev/figures.py'),
+                                  'covidsev.figures._legend_columns': ('figures.html#_legend_columns', 'covidsev/figures.py'),
                                   'covidsev.figures._line_style': ('figures.html#_line_style', 'covidsev/figures.py'),
                                   'covidsev.figures._show_labels': ('figures.html#_show_labels', 'covidsev/figures.py'),
                                   'covidsev.figures.caption': ('figures.html#caption', 'covidsev/figures.py'),

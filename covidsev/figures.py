@@ -172,6 +172,12 @@ def say_not_run(ax: plt.Axes) -> None:
     )
 
 
+def _legend_columns(titles: Iterable[str], width: float) -> int:
+    """How many titles of 7.5 points, up to three, stand side by side in `width` inches."""
+    longest = max(map(len, titles), default=0)
+    return max(1, min(3, int(72 * width / (4.1 * longest + 32))))  # a letter, and the line with its gaps
+
+
 def _curve_block(part: Any, heading: str, histories: Histories, columns: Sequence[str],
                  order: Sequence[str]) -> None:
     """One line of panels with a legend below it, which cannot touch the lines."""
@@ -183,8 +189,8 @@ def _curve_block(part: Any, heading: str, histories: Histories, columns: Sequenc
     if heading:
         axes[0].set_ylabel(heading, fontsize=9)
     if histories:
-        part.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=7.5,
-                    frameon=False)
+        part.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", fontsize=7.5, frameon=False,
+                    ncols=_legend_columns(histories, 2.7 * len(columns)))
 
 
 def curve_blocks(blocks: Mapping[str, Histories], columns: Sequence[str] = ("train_loss", "val_loss_sum"),
@@ -192,9 +198,10 @@ def curve_blocks(blocks: Mapping[str, Histories], columns: Sequence[str] = ("tra
     """Curves of each epoch (Algorithm 1): a line of panels per block, `blocks[heading][title][seed]` with
     columns epoch and `columns`, its legend below; a title has one colour in all blocks; "not run" for an
     empty one."""
-    legend_lines = [1 + len(histories) // 3 for histories in blocks.values()]
+    width = 2.7 * len(columns)
+    legend_lines = [1 + len(each) // _legend_columns(each, width) for each in blocks.values()]
     heights = [2.6 + 0.16 * lines for lines in legend_lines]
-    fig = plt.figure(figsize=(2.7 * len(columns), sum(heights)), dpi=72, layout="constrained")
+    fig = plt.figure(figsize=(width, sum(heights)), dpi=72, layout="constrained")
     parts = fig.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0]
     order = list(dict.fromkeys(title for histories in blocks.values() for title in histories))
     for part, (heading, histories) in zip(parts, blocks.items()):

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from covidsev import figures
 from covidsev.config import GeometryError
+from covidsev.experiments import load_registry
 
 IMAGES = arrays.arrays(np.uint8, arrays.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12))
 
@@ -131,6 +132,16 @@ def test_legends_touch_no_panel_however_many_rows():
         rows = {f"a row with quite a long title, number {k}": {0: history} for k in range(number)}
         assert legends_on_panels(figures.curve_blocks({"single": rows, "multi": rows})) == 0
     assert legends_on_panels(figures.coach_curves({"row": {0: history, 1: history}})) == 0
+
+
+def test_legends_of_all_rows_stay_in_the_picture():
+    history = pd.DataFrame({"epoch": [1, 2], "train_loss": [2.0, 1.0], "val_loss_sum": [2.0, 1.0], "val_dice": [0.1, 0.2]})
+    titles = load_registry().titles("train_single").values()
+    for shown in (titles, sorted(titles, key=len)[:6], sorted(titles, key=len)[-6:]):
+        figure = figures.curve_blocks({"single": {title: {0: history} for title in shown}}, ("train_loss", "val_loss_sum", "val_dice"))
+        (legend,) = figure.subfigs[0].legends
+        FigureCanvasAgg(figure).draw()
+        assert legend.get_window_extent().x1 <= 1.001 * figure.bbox.width and legends_on_panels(figure) == 0
 
 
 def test_curves_without_a_validation_column_or_any_run():
