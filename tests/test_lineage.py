@@ -202,7 +202,8 @@ def test_generated_files_are_the_committed_ones():
         assert (ROOT / name).is_file() and (ROOT / name).read_text(encoding="utf-8") == text, f"run: covidsev metadata ({name})"
 
 
-TREES = st.recursive(st.text(st.characters(blacklist_categories=("Cs",))) | st.integers() | st.none() | st.booleans(),
+PRINTABLE = st.characters(blacklist_categories=("Cs", "Cc", "Zl", "Zp"))  # control characters and line separators are no metadata
+TREES = st.recursive(st.text(PRINTABLE) | st.integers() | st.none() | st.booleans(),
                      lambda inner: st.lists(inner) | st.dictionaries(st.text("abc-_ :#", min_size=1), inner), max_leaves=8)
 
 
