@@ -1,5 +1,4 @@
 """Faults as a user meets them, from the command to the folder of results: what is said, what is kept, and that the other cases finish."""
-import gzip
 import json
 import os
 import re
@@ -7,12 +6,12 @@ import subprocess
 import sys
 import zlib
 
-import nibabel
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from toys import write_nifti as save
 
 from covidsev import cases
 from covidsev.cases import Options, cached_lungs, list_cases, process_case, process_cases
@@ -54,21 +53,6 @@ def quick_pictures(monkeypatch):
     monkeypatch.setattr(cases, "_pictures", lambda *_: dict.fromkeys(("overlay", "regions"), png))
     monkeypatch.setattr(cases, "png_bytes", lambda _: png)
     monkeypatch.setattr(cases, "overlay_figure", lambda *_, **__: None)
-
-
-def save(path, array, affine, **fields):
-    """A NIfTI file in which header fields are then overwritten."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(array, affine), path)
-    if fields:
-        packed = path.name.endswith(".gz")
-        data = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
-        raw = nibabel.Nifti1Header(data[:348], check=False)
-        for name, value in fields.items():
-            raw[name] = value
-        data = raw.binaryblock + data[348:]
-        path.write_bytes(gzip.compress(data) if packed else data)
-    return path
 
 
 def cut(path, start: int, stop: int | None):

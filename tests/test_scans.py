@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from toys import write_nifti
 
 from covidsev import scans
 from covidsev.config import (ConfigError, CovidSevError, GeometryError, IntensityError, MaskError, MissingExtraError,
@@ -38,17 +39,7 @@ VOLUME = ct()
 
 
 def save(path, array=VOLUME, affine=AFFINE, **fields):
-    """A NIfTI file in which header fields are then overwritten."""
-    nibabel.save(nibabel.Nifti1Image(array, affine), path)
-    if fields:
-        packed = path.name.endswith(".gz")
-        data = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
-        raw = nibabel.Nifti1Header(data[:348], check=False)
-        for name, value in fields.items():
-            raw[name] = value
-        data = raw.binaryblock + data[348:]
-        path.write_bytes(gzip.compress(data) if packed else data)
-    return path
+    return write_nifti(path, array, affine, **fields)
 
 
 @pytest.fixture()

@@ -1,10 +1,12 @@
-"""Small notebooks and registries, for tests of the runner and of what reads its records."""
+"""Small notebooks, registries and scans, for the tests of what reads them."""
+import gzip
 import json
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import nibabel
 from nbformat.v4 import new_code_cell, new_notebook
 
 
@@ -34,3 +36,18 @@ def experiment(name: str, notebook: str = "work.ipynb", rows: dict[str, dict] | 
     parts = [table(f"experiments.{name}", title=name.capitalize(), notebook=notebook, **{**shape, **lines})]
     return "".join(parts + [table(f"experiments.{name}.rows.{row}", title=row.capitalize(), **{"parameters": {}, **more})
                             for row, more in (rows or {}).items()])
+
+
+def write_nifti(path: Path, array: Any, affine: Any, **fields: Any) -> Path:
+    """A NIfTI file in which header fields are then overwritten."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+    if fields:
+        packed = path.name.endswith(".gz")
+        data = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+        raw = nibabel.Nifti1Header(data[:348], check=False)
+        for name, value in fields.items():
+            raw[name] = value
+        data = raw.binaryblock + data[348:]
+        path.write_bytes(gzip.compress(data) if packed else data)
+    return path
