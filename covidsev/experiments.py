@@ -625,7 +625,7 @@ def _advice(name: str, message: str) -> str:
 
 def _papermill(notebook: Path, executed: Path, parameters: dict[str, Any], progress_bar: bool) -> None:
     """Executes a notebook in its own folder. Kernels talk over local sockets: two that start at once may pick
-    the same TCP port."""
+    the same TCP port. A kernel that is interrupted while it shuts down would print an error that is none."""
     import logging
 
     from traitlets.config import Config
@@ -636,7 +636,7 @@ def _papermill(notebook: Path, executed: Path, parameters: dict[str, Any], progr
         import_papermill().execute_notebook(
             str(notebook), str(executed), parameters=parameters, cwd=str(notebook.parent), config=local,
             progress_bar=progress_bar and not is_quiet(), kernel_name="python3",
-            extra_arguments=["--log-level=40"],
+            extra_arguments=["--log-level=50"],
         )
 
 

@@ -1,4 +1,5 @@
 """Where things come from, whether they come out again, and the generated files: names, faults, the same bytes."""
+import os
 import shutil
 import subprocess
 import sys
@@ -87,12 +88,13 @@ def test_two_renders_give_the_same_bytes(copy, registry):
         assert (copy.root / "first" / name).read_bytes() == (copy.root / "second" / name).read_bytes(), name
 
 
-def test_figures_come_out_with_the_same_bytes_in_another_process(copy, whole, tmp_path):
+def test_figures_come_out_with_the_same_bytes_in_another_process_zone_and_locale(copy, whole, tmp_path):
     run = resolve(whole, "cpu", "figure_learning_curves")
     lineage.rederive(run, copy, tmp_path / "here")
     code = ("import sys; from pathlib import Path; from covidsev.lineage import rederive; from covidsev.experiments import *; "
             "rederive(resolve(load_registry(), 'cpu', 'figure_learning_curves'), Places(Path(sys.argv[1])), Path(sys.argv[2]))")
-    subprocess.run([sys.executable, "-c", code, str(copy.root), str(tmp_path / "there")], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code, str(copy.root), str(tmp_path / "there")], check=True, cwd=ROOT,
+                   env={**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"})
     for name in run.outputs:
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
 

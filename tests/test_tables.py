@@ -293,6 +293,29 @@ def test_ablation_changes_one_thing_in_both_arms(rendered):
     assert (numbers.seeds == 0).any()  # Lookahead was not run here
 
 
+def test_rows_that_are_compared_are_in_the_registry():
+    compared = {pair.row: pair.base for pair in [*tables.ablations("sinfnet"), *tables.pretext_pairs()]}
+    known = set(REAL_REGISTRY().profiles["cpu"].rows["train_single"])
+    assert len(compared) >= 10 and {*compared, *compared.values()} <= known
+
+
+def differing(experiment: str, *rows: str) -> set[str]:
+    """The parameters in which two rows differ in profile cpu, but for their names."""
+    one, other = (experiments.resolve(REAL_REGISTRY(), "cpu", experiment, row, 0).parameters for row in rows)
+    return {name for name in one if one[name] != other[name]} - {"row"}
+
+
+def test_a_line_on_the_pretext_changes_one_setting():
+    """The two rows of a line differ in where they start, and the pretexts they start from in one thing."""
+    whole = {"rotation, no inpainting": {"task", "masks", "augment"}}  # a task that erases nothing and turns the images itself
+    for pair in tables.pretext_pairs():
+        assert differing("train_single", pair.row, pair.base) == {"start"}, pair.change
+        starts = [experiments.resolve(REAL_REGISTRY(), "cpu", "train_single", row, 0).parameters["start"] for row in (pair.row, pair.base)]
+        if all(start.startswith("pretext/") for start in starts):
+            found = differing("pretext", *(start.removeprefix("pretext/") for start in starts))
+            assert found == whole.get(pair.change, found) and (len(found) == 1 or pair.change in whole), pair.change
+
+
 def test_label_efficiency_pairs_equal_slices_and_seeds(made, registry):
     rows = [row for arm in tables.EFFICIENCY.values() for row in arm]
     points = tables.efficiency_points(tables.read_runs(made, "train_single", rows, range(3)))

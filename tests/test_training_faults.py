@@ -418,7 +418,7 @@ def fork_run(folder) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:resuming from prev.pt")
-def test_twenty_kills_at_random_moments(tmp_path, expected):
+def test_ten_kills_at_random_moments(tmp_path, expected):
     started = time.monotonic()
     os.waitpid(fork_run(tmp_path / "timed"), 0)
     usual, draw, folder, kills, finished = (
@@ -428,7 +428,7 @@ def test_twenty_kills_at_random_moments(tmp_path, expected):
         0,
         0,
     )
-    while kills < 20:
+    while kills < 10:
         child = fork_run(folder)
         time.sleep(draw.uniform(0, usual))
         os.kill(child, signal.SIGKILL)
