@@ -1,10 +1,15 @@
 """What all tests share: one thread, no bars, no windows, and the real data where there is some."""
 import os
+import signal
 
 # before anything loads torch: two threads sum in another order, and give other bits
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["COVIDSEV_QUIET"] = "1"
+
+# a job in the background of a script ignores Ctrl-C, and so would all processes that the tests start and interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
 
