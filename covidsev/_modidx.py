@@ -2083,7 +2083,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                  'covidsev.tables.output_folder': ('tables.html#output_folder', 'covidsev/tables.py'),
                                  'covidsev.tables.pair_words': ('tables.html#pair_words', 'covidsev/tables.py'),
                                  'covidsev.tables.paper_titles': ('tables.html#paper_titles', 'covidsev/tables.py'),
-                                 'covidsev.tables.pretext_pairs': ('tables.html#pretext_pairs', 'covidsev/tables.py'),
                                  'covidsev.tables.printed_values': ('tables.html#printed_values', 'covidsev/tables.py'),
                                  'covidsev.tables.published_rows': ('tables.html#published_rows', 'covidsev/tables.py'),
                                  'covidsev.tables.ranked_maps': ('tables.html#ranked_maps', 'covidsev/tables.py'),

@@ -294,7 +294,7 @@ def test_ablation_changes_one_thing_in_both_arms(rendered):
 
 
 def test_rows_that_are_compared_are_in_the_registry():
-    compared = {row for pair in [*tables.ablations("sinfnet"), *tables.pretext_pairs()] for row in (pair.row, pair.base)}
+    compared = {row for pair in [*tables.ablations("sinfnet"), *tables.PRETEXTS] for row in (pair.row, pair.base)}
     known = set(REAL_REGISTRY().profiles["cpu"].rows["train_single"])
     assert len(compared) >= 10 and compared <= known
 
@@ -308,7 +308,7 @@ def differing(experiment: str, *rows: str) -> set[str]:
 def test_a_line_on_the_pretext_changes_one_setting():
     """The two rows of a line differ in where they start, and the pretexts they start from in one thing."""
     whole_task = {"rotation, no inpainting": {"task", "masks", "augment"}}  # a task that erases nothing and turns the images itself
-    for pair in tables.pretext_pairs():
+    for pair in tables.PRETEXTS:
         assert differing("train_single", pair.row, pair.base) == {"start"}, pair.change
         starts = [experiments.resolve(REAL_REGISTRY(), "cpu", "train_single", row, 0).parameters["start"] for row in (pair.row, pair.base)]
         if all(start.startswith("pretext/") for start in starts):
