@@ -648,8 +648,8 @@ MEASURES = {
 
 
 def ablations(base: str) -> list[Comparison]:
-    """Focal loss and Lookahead in both arms, then self-supervision under each of them, for the rows that
-    begin with `base` ("sinfnet" or "multi"); for "multi" the prior as well."""
+    """Focal loss and Lookahead in both arms, then self-supervision under each of them and with augmentation,
+    for the rows that begin with `base` ("sinfnet" or "multi"); last what only one of the two has."""
     own = f"{base}_self"
     options = {"focal loss": "_focal", "Lookahead": "_lookahead"}
     pairs = [
@@ -657,12 +657,12 @@ def ablations(base: str) -> list[Comparison]:
         for what, end in options.items()
         for arm, start in (("supervised", base), ("self-supervised", own))
     ]
-    pairs += [
-        ("self-supervision", arm, f"{own}{end}", f"{base}{end}")
-        for arm, end in {"plain": "", **{f"with {what}": end for what, end in options.items()}}.items()
-    ]
+    arms = {"plain": "", "augmented": "_aug_0.5", **{f"with {what}": end for what, end in options.items()}}
+    pairs += [("self-supervision", arm, f"{own}{end}", f"{base}{end}") for arm, end in arms.items()]
     if base == "multi":
         pairs.append(("true prior in training", "supervised", "multi_gt_prior", "multi"))
+    else:
+        pairs.append(("self-supervision", "plain, its pretext too", "sinfnet_self_plain", base))
     return [
         Comparison(*pair, metric, measure) for pair in pairs for metric, measure in MEASURES[base].items()
     ]

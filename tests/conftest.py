@@ -26,6 +26,16 @@ settings.register_profile("covidsev", deadline=None, derandomize=True, database=
 settings.load_profile("covidsev")
 
 
+# Files of a minute, most of it other processes. Begun last, one of them would keep one worker busy and the others idle.
+LONGEST = ("test_reproduce.py", "test_cli.py", "test_training_faults.py", "test_viewer.py", "test_coach.py", "test_tables.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the others in their order."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of this repository."""
