@@ -44,6 +44,22 @@ def test_both_evaluations_give_the_same_logits():
     assert np.abs(ours - published).max() < 1e-3 * np.abs(published).max()
 
 
+@pytest.mark.parametrize("size", [64, 160])  # among ten slices of 160 pixels some have no infection
+def test_both_scorings_give_the_same_curves(size):
+    published, ours = (make_work("scores", variant, Case(size, 10, "small"), CPU)() for variant in ("published", "ours"))
+    assert ours.shape == (10, 5, 256) and (published.std(axis=2) > 0).any(axis=0).all()
+    np.testing.assert_allclose(ours, published, rtol=0, atol=1e-12)
+
+
+def test_scores_are_measured_on_the_processor_beside_a_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(benchmark, "resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(benchmark, "_measure_stage", lambda stage, names, *rest: asked.append((stage, names, rest[-1])) or [{"stage": stage, "variant": names[0]}])
+    run_benchmark(64, 2, "small", device="cuda")
+    assert asked == [("training step", benchmark.VARIANTS, "cuda"), ("evaluation", benchmark.VARIANTS, "cuda"),
+                     ("scores", ("published", "ours"), "cpu")]
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="did you mean 'ours'"):
         make_work("evaluation", "our", TINY, CPU)
@@ -55,7 +71,7 @@ class FakeWorker:
     """Answers like a worker, with times that are known; notes the order of the questions."""
 
     order: list[str] = []
-    seconds = {"published": iter([2.0, 8.0, 4.0] * 2), "ours": iter([1.0, 2.0, 2.0] * 2)}
+    seconds = {"published": iter([2.0, 8.0, 4.0] * 3), "ours": iter([1.0, 2.0, 2.0] * 3)}
 
     def __init__(self, **spec):
         self.name = spec["variant"]
@@ -77,7 +93,7 @@ class FakeWorker:
 def test_ratios_are_paired_alternating_and_leave_out_the_first_answer(monkeypatch):
     monkeypatch.setattr(benchmark, "Worker", FakeWorker)
     table = run_benchmark(64, 2, "small", repeats=3, device="cpu").set_index(["stage", "variant"])
-    assert FakeWorker.order == ["published", "ours"] * 6
+    assert FakeWorker.order == ["published", "ours"] * 9
     row = table.loc[("training step", "ours")]
     assert (row.ratio, row.ratio_low, row.ratio_high, row.seconds) == (2.0, 2.0, 4.0, 2.0)
     assert row.memory_ratio == 3.0 and row.difference == pytest.approx(0.5 / 4)
@@ -86,12 +102,12 @@ def test_ratios_are_paired_alternating_and_leave_out_the_first_answer(monkeypatc
 
 def test_the_table_is_printed_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "Worker", FakeWorker)
-    monkeypatch.setattr(FakeWorker, "seconds", {"published": iter([2.0] * 2), "ours": iter([1.0] * 2)})
+    monkeypatch.setattr(FakeWorker, "seconds", {"published": iter([2.0] * 3), "ours": iter([1.0] * 3)})
     table = bench([TINY], repeats=1, device="cpu", out_dir=tmp_path)
     assert "published" in capsys.readouterr().out
     kept = pd.read_csv(tmp_path / "cpu.csv")
     pd.testing.assert_frame_equal(kept, table, check_dtype=False)
-    assert len(kept) == 4 and not {"host", "time", "user", "path"} & set(kept.columns)
+    assert len(kept) == 6 and not {"host", "time", "user", "path"} & set(kept.columns)
 
 
 def test_a_worker_that_dies_is_named_and_does_not_hang():

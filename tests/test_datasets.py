@@ -1,7 +1,6 @@
 """Readers, pairing, layouts, splits, leaks; and the known answers of the real COVID-SemiSeg, where it is."""
 import os
 import struct
-import time
 import zlib
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.testing import assert_array_equal
-from PIL import Image
+from PIL import Image, ImageFile
 
 from covidsev.config import (ConfigError, DataMissingError, GeometryError, IntensityError, LeakageError,
                              MaskError,
@@ -115,15 +114,14 @@ def test_what_is_no_picture_is_named_with_its_first_bytes(tmp_path, content, wor
 
 
 @pytest.mark.parametrize("side", [12_000, 60_000])
-def test_a_png_bomb_is_refused_by_its_header(tmp_path, side):
+def test_a_png_bomb_is_refused_by_its_header(tmp_path, side, monkeypatch):
     content = save(tmp_path / "x.png", GREY).read_bytes()
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     (tmp_path / "bomb.png").write_bytes(content[:8] + struct.pack(">I", 13) + header
                                         + struct.pack(">I", zlib.crc32(header)) + content[33:])
-    start = time.perf_counter()
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda picture: pytest.fail("the pixels were decoded"))
     with pytest.raises(ReadError, match="nothing was decoded"):
         read_image(tmp_path / "bomb.png")
-    assert time.perf_counter() - start < 0.5
 
 
 def test_small_colour_one_bit_several_and_missing_pictures_are_refused(tmp_path):
@@ -765,13 +763,8 @@ def test_real_notices(report):
 
 
 @needs_real
-def test_real_slices_are_read_in_time_and_in_order():
-    seconds = []
-    for _ in range(2):  # the first reading may wait for the disk and for imports
-        start = time.process_time()
-        train, test = load_covid_semiseg(REAL, "train"), load_covid_semiseg(REAL, "test")
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 1.5
+def test_real_slices_are_read_in_order():
+    train, test = load_covid_semiseg(REAL, "train"), load_covid_semiseg(REAL, "test")
     assert len(train) == 50 and len(test) == 48 and (train.kind, train.binary_only) == ("real", False)
     assert train.ids == sorted(train.ids, key=int) and test.ids == sorted(test.ids, key=int)
     assert sorted(train.ids + test.ids, key=int) == [str(k) for k in range(100) if k not in (22, 48)]
