@@ -936,6 +936,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                 'covidsev/experiments.py'),
                                       'covidsev.experiments.import_papermill': ( 'experiments.html#import_papermill',
                                                                                  'covidsev/experiments.py'),
+                                      'covidsev.experiments.instructions': ('experiments.html#instructions', 'covidsev/experiments.py'),
                                       'covidsev.experiments.keep_result': ('experiments.html#keep_result', 'covidsev/experiments.py'),
                                       'covidsev.experiments.library_key': ('experiments.html#library_key', 'covidsev/experiments.py'),
                                       'covidsev.experiments.lint_notebook': ('experiments.html#lint_notebook', 'covidsev/experiments.py'),

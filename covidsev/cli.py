@@ -9,6 +9,7 @@ __all__ = ['INTERRUPTED', 'run_cleanly', 'CleanGroup', 'main', 'info', 'show_res
 
 # %% ../nbs/17_cli.ipynb #cell-002
 import json
+import os
 import signal
 import sys
 import threading
@@ -223,9 +224,10 @@ def check_data(name: str, root: str | None) -> int:
 def train(out: str, profile: str, row: str, seed: int, data_root: str | None, device: str | None,
           pairs: tuple) -> None:
     """Train and score one network, without a notebook."""
-    from covidsev.experiments import lone_settings
+    from covidsev.experiments import instructions, lone_settings
     from covidsev.runs import train_run
 
+    os.environ.update(instructions())  # the same bits as `reproduce`; PyTorch reads them with its first operation
     settings = lone_settings(profile, row, seed, _overrides(pairs, device), out, data_root)
     scores = train_run(settings)
     click.echo(_few(scores.metrics).to_string(index=False, float_format="{:.4f}".format))

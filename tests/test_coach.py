@@ -803,9 +803,9 @@ def test_the_multiclass_network_plays_too(slices):
 
 # rotation
 
-def turned(network: RotationNet, images: torch.Tensor, **options) -> RotationPretext:
-    """Four epochs of the rotation pretext."""
-    config = PretextConfig(masks="none", warmup_epochs=4, rounds=0, batch_size=4, learning_rate=3e-3, **options)
+def turned(network: RotationNet, images: torch.Tensor, epochs: int = 4, **options) -> RotationPretext:
+    """The rotation pretext to its end."""
+    config = PretextConfig(masks="none", warmup_epochs=epochs, rounds=0, batch_size=4, learning_rate=3e-3, **options)
     game = RotationPretext(network, images, config)
     while not game.done:
         game.step()
@@ -849,8 +849,9 @@ def test_rotation_learns_repeats_and_hands_over_its_backbone(slices):
     for _ in range(2):
         torch.manual_seed(0)
         network = RotationNet("tiny", turns=(0, 1, 2, 3))
-        tables.append(turned(network, slices).result().history)
-    assert tables[0].equals(tables[1]) and tables[0].loss.iloc[-1] < tables[0].loss.iloc[0]
+        tables.append(turned(network, slices, epochs=12).result().history)
+    # a third of the first loss, with any seed; after four epochs it could still be above it
+    assert tables[0].equals(tables[1]) and tables[0].loss.iloc[-1] < 0.6 * tables[0].loss.iloc[0]
     assert tables[0].accuracy.iloc[-1] == pytest.approx(turn_accuracy(network, slices[:8].float() / 255))
     target = InfNet("tiny")
     report = transfer(network, target)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
 from hypothesis import given, strategies as st
 from papermill import PapermillExecutionError
 from toys import experiment, table, write_notebook
@@ -51,6 +52,27 @@ def good(tmp_path_factory):
     places = Places(folder / "out")
     run_notebook(toy_run(write_notebook(folder / "good.ipynb", SETTINGS, WORK)), places, {})
     return places
+
+
+CAPABILITY = """
+import torch
+(out / "metrics.csv").write_text(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="not an x86 processor with AVX2")
+@pytest.mark.parametrize(("asked", "seen"), [(None, "AVX2"), ("default", "DEFAULT")])
+def test_a_kernel_is_held_to_avx2_unless_the_user_says_otherwise(tmp_path, monkeypatch, asked, seen):
+    for name in experiments.INSTRUCTIONS:
+        monkeypatch.delenv(name, raising=False)
+    if asked:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", asked)
+    places, run = Places(tmp_path / "out"), toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, WORK, CAPABILITY))
+    run_notebook(run, places, {})
+    assert (places.folder(run) / "metrics.csv").read_text() == seen
+    recorded = read_json(places.folder(run) / "run.json")["environment"]["instructions"]
+    assert recorded == {**experiments.INSTRUCTIONS, **({"ATEN_CPU_CAPABILITY": asked} if asked else {})}
+    assert os.environ.get("ATEN_CPU_CAPABILITY") == asked and "ONEDNN_MAX_CPU_ISA" not in os.environ
 
 
 FAULTS = {
@@ -633,4 +655,5 @@ def test_profiles_state_their_device_and_data():
 def test_run_records_say_no_time_place_or_user(good):
     text = (good.folder(toy_run(good.root)) / "run.json").read_text()
     assert str(good.root) not in text and os.uname().nodename not in text
-    assert set(read_json(good.folder(toy_run(good.root)) / "run.json")) == {"parameters", "run", "outputs", "cache", "key"}
+    assert set(read_json(good.folder(toy_run(good.root)) / "run.json")) == {
+        "parameters", "run", "environment", "outputs", "cache", "key"}
