@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['PAPER_ROWS', 'COLUMNS', 'SUBSETS', 'DICE_METRICS', 'LOSS_METRICS', 'TOOLBOX', 'CLASS_SCORES', 'COMPARED',
-           'CLASS_TABLES', 'MEASURES', 'AUGMENTED', 'SELF', 'PRETEXTS', 'EFFICIENCY', 'read_csv', 'read_runs',
-           'read_many', 'row_titles', 'claims_of', 'only', 'terms', 'collect', 'data_kind', 'kinds_of', 'seed_interval',
-           'values_of', 'matched', 'summarise_rows', 'image_means', 'compare_rows', 'read_published', 'PaperRow',
-           'paper_titles', 'beyond_titles', 'printed_values', 'show', 'show_printed', 'show_p', 'as_markdown',
-           'save_table', 'init_of', 'wide_summary', 'loss_table', 'dice_table', 'dice_column', 'both_columns',
-           'show_change', 'loss_words', 'dice_words', 'two_column_words', 'compared_titles', 'published_rows',
-           'beside_published', 'scores_words', 'distance_to', 'subset_words', 'infnet_rows', 'class_scores',
-           'Comparison', 'ablations', 'compare_pairs', 'pair_words', 'efficiency_points', 'interval_by',
-           'arm_differences', 'judge', 'judge_all', 'histories', 'size_of_test', 'describe', 'with_coach', 'images_of',
-           'coach_ratios', 'local_files', 'results_folder', 'output_folder', 'save_record', 'local_folder',
-           'ranked_maps']
+           'CLASS_TABLES', 'MEASURES', 'PRETEXTS', 'EFFICIENCY', 'read_csv', 'read_runs', 'read_many', 'row_titles',
+           'claims_of', 'only', 'terms', 'collect', 'data_kind', 'kinds_of', 'seed_interval', 'values_of', 'matched',
+           'summarise_rows', 'image_means', 'compare_rows', 'read_published', 'PaperRow', 'paper_titles',
+           'beyond_titles', 'printed_values', 'show', 'show_printed', 'show_p', 'as_markdown', 'save_table', 'init_of',
+           'wide_summary', 'loss_table', 'dice_table', 'dice_column', 'both_columns', 'show_change', 'loss_words',
+           'dice_words', 'two_column_words', 'compared_titles', 'published_rows', 'beside_published', 'scores_words',
+           'distance_to', 'subset_words', 'infnet_rows', 'class_scores', 'Comparison', 'ablations', 'compare_pairs',
+           'pair_words', 'efficiency_points', 'interval_by', 'arm_differences', 'judge', 'judge_all', 'histories',
+           'size_of_test', 'describe', 'with_coach', 'images_of', 'coach_ratios', 'local_files', 'results_folder',
+           'output_folder', 'save_record', 'local_folder', 'ranked_maps']
 
 # %% ../nbs/14b_tables.ipynb #cell-002
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -668,17 +667,17 @@ def ablations(base: str) -> list[Comparison]:
     ]
 
 
-AUGMENTED, SELF = "sinfnet_aug_0.5", "sinfnet_self_aug_0.5"
+_AUGMENTED, _SELF = "sinfnet_aug_0.5", "sinfnet_self_aug_0.5"
 PRETEXTS = tuple(  # what the network learns before its masks: parts of the pretext, one at a time, and pseudo labels
     Comparison(*pair)
     for pair in (
-        ("random masks, no coach", "self-supervised, augmented", "sinfnet_self_random_aug_0.5", SELF),
-        ("rotation, no inpainting", "self-supervised, augmented", "sinfnet_self_rotation_aug_0.5", SELF),
-        ("published heads, not linear ones", "self-supervised, augmented", "sinfnet_self_as_published_aug_0.5", SELF),
-        ("unlabelled pool too", "self-supervised, augmented", "sinfnet_self_unlabelled_aug_0.5", SELF),
+        ("random masks, no coach", "self-supervised, augmented", "sinfnet_self_random_aug_0.5", _SELF),
+        ("rotation, no inpainting", "self-supervised, augmented", "sinfnet_self_rotation_aug_0.5", _SELF),
+        ("published heads, not linear ones", "self-supervised, augmented", "sinfnet_self_as_published_aug_0.5", _SELF),
+        ("unlabelled pool too", "self-supervised, augmented", "sinfnet_self_unlabelled_aug_0.5", _SELF),
         ("pretext without augmentation", "self-supervised", "sinfnet_self_plain", "sinfnet_self"),
-        ("released pseudo labels", "augmented", "semi_released_aug_0.5", AUGMENTED),
-        ("own pseudo labels", "augmented", "semi_loop_aug_0.5", AUGMENTED),
+        ("released pseudo labels", "augmented", "semi_released_aug_0.5", _AUGMENTED),
+        ("own pseudo labels", "augmented", "semi_loop_aug_0.5", _AUGMENTED),
         ("own pseudo labels, not released ones", "augmented", "semi_loop_aug_0.5", "semi_released_aug_0.5"),
     )
 )

@@ -41,6 +41,7 @@ def test_sizes_of_all_forms():
         assert gflop(on_meta(SegNet, "small"), 160) < gflop(InfNet("small").eval(), 160)
 
 
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="without AVX2 PyTorch draws others")
 @pytest.mark.parametrize("kind, weights", [("classic", "4409932e94bc1669"), ("small", "205914ddccb49794")])
 def test_a_seed_gives_the_unet_it_always_gave(kind, weights):
     """Names, order and values of the first weights: published runs depend on all three."""
