@@ -982,6 +982,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                  'covidsev.export.OneOutput.__init__': ('export.html#oneoutput.__init__', 'covidsev/export.py'),
                                  'covidsev.export.OneOutput.forward': ('export.html#oneoutput.forward', 'covidsev/export.py'),
                                  'covidsev.export.Parity': ('export.html#parity', 'covidsev/export.py'),
+                                 'covidsev.export._again': ('export.html#_again', 'covidsev/export.py'),
                                  'covidsev.export._check_finite': ('export.html#_check_finite', 'covidsev/export.py'),
                                  'covidsev.export._check_info': ('export.html#_check_info', 'covidsev/export.py'),
                                  'covidsev.export._check_size': ('export.html#_check_size', 'covidsev/export.py'),

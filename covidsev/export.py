@@ -414,8 +414,17 @@ def checkpoint_of_run(run_folder: str | Path) -> Path:
         if place.is_file():
             return place
     raise ConfigError("the weights of this run are not on this machine: checkpoints are not published",
-                      file=places[0],
-                      fix="run the experiment again with --force, or name the file with --checkpoint")
+                      file=places[0], fix=f"{_again(folder)}, or name the file with --checkpoint")
+
+
+def _again(folder: Path) -> str:
+    """How to get the weights of a run: the command that makes it anew, where its record says which."""
+    record = read_run(folder)
+    asked = {name: record.get("parameters", {}).get(name) for name in ("profile", "row", "seed")}
+    if None in asked.values() or "run" not in record:
+        return "train it again"
+    return "run covidsev reproduce --profile {profile} --only {experiment} --row {row} --seed {seed} --force".format(
+        experiment=record["run"].partition("/")[0], **asked)
 
 # %% ../nbs/11b_export.ipynb #cell-031
 def _check_size(network: nn.Module, record: Mapping[str, Any], checkpoint: Path) -> None:

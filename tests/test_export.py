@@ -289,6 +289,12 @@ def test_runs_that_do_not_fit_are_refused(run, values, error, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_are_not_here_come_back_by_the_command_in_the_error(run, tmp_path):
+    change(run[0], {"key": "cd" * 32, "parameters": {"profile": "cpu", "row": "unet", "seed": 2}})
+    with pytest.raises(ConfigError, match="reproduce --profile cpu --only train_single --row unet --seed 2 --force"):
+        export_run(run[0], None, tmp_path / "out")
+
+
 def test_no_run_and_a_damaged_checkpoint(run, tmp_path):
     with pytest.raises(ConfigError, match="no run in this folder"):
         export_run(tmp_path, None, tmp_path / "out")
