@@ -30,7 +30,7 @@ test: export COVIDSEV_QUIET = 1
 test: export MPLBACKEND = agg
 test: $(STAMP) ## run the tests in the notebooks, then the others; real-data tests run if COVIDSEV_DATA is set
 	@$(BIN)/nbdev_test --n_workers 2
-	@$(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder tests  # four on two cores: many tests wait for another process
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests  # three on two cores: many tests wait for another process
 
 bench: $(STAMP) ## compare our training step and evaluation with a plain one, as ratios
 	@$(BIN)/covidsev bench
