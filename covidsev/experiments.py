@@ -608,8 +608,8 @@ INSTRUCTIONS = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MK
 
 
 def instructions() -> dict[str, str]:
-    """The environment variables that hold PyTorch's CPU kernels to AVX2, so that two processors give the same
-    bits; a value that the user has set stays."""
+    """The environment variables that keep PyTorch's CPU kernels at AVX2, so that two processors differ in as
+    few bits as can be had; a value that the user has set stays."""
     return {name: os.environ.get(name, value) for name, value in INSTRUCTIONS.items()}
 
 
