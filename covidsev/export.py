@@ -406,7 +406,8 @@ def checkpoint_of_run(run_folder: str | Path) -> Path:
 
     `ConfigError` if it is in neither place."""
     folder = Path(run_folder).resolve()
-    key, places = read_run(folder).get("key"), [folder / "checkpoints" / "best.pt"]
+    record = read_run(folder)
+    key, places = record.get("key"), [folder / "checkpoints" / "best.pt"]
     if key and len(folder.parents) > 3:
         name = Path(*folder.parts[-3:], key[:12], "best.pt")  # profile / experiment / run / key / file
         places.insert(0, folder.parents[3] / "checkpoints" / name)
@@ -414,12 +415,11 @@ def checkpoint_of_run(run_folder: str | Path) -> Path:
         if place.is_file():
             return place
     raise ConfigError("the weights of this run are not on this machine: checkpoints are not published",
-                      file=places[0], fix=f"{_again(folder)}, or name the file with --checkpoint")
+                      file=places[0], fix=f"{_again(record)}, or name the file with --checkpoint")
 
 
-def _again(folder: Path) -> str:
+def _again(record: Mapping[str, Any]) -> str:
     """How to get the weights of a run: the command that makes it anew, where its record says which."""
-    record = read_run(folder)
     asked = {name: record.get("parameters", {}).get(name) for name in ("profile", "row", "seed")}
     if None in asked.values() or "run" not in record:
         return "train it again"
