@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'MODULE_LEVEL', 'SHOWN', 'sha256_bytes', 'sha256_file', 'sha256_json', 'atomic_write', 'write_bytes',
-           'write_text', 'write_json', 'read_json', 'write_csv', 'environment', 'git_commit', 'run_lock', 'imports_of',
-           'source_key', 'cache_key', 'why_stale']
+           'write_text', 'write_json', 'read_json', 'write_csv', 'environment', 'git_commit', 'run_lock', 'read_module',
+           'imports_of', 'source_key', 'cache_key', 'why_stale']
 
 # %% ../nbs/01_provenance.ipynb #cell-002
 import ast
@@ -30,7 +30,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from .config import ConfigError, RunLockedError, repo_root, suggest
+from .core import ConfigError, RunLockedError, repo_root, suggest
 
 if TYPE_CHECKING:
     import pandas
@@ -258,16 +258,32 @@ PACKAGE = "covidsev"
 def _module_file(module: str) -> Path:
     """The source file of `covidsev.name`."""
     folder = Path(importlib.util.find_spec(PACKAGE).origin).parent
-    return folder / f"{module.removeprefix(PACKAGE + '.')}.py"
+    return folder / f"{module.removeprefix(PACKAGE + '.').replace('.', '/')}.py"
 
 
-def _read_module(module: str) -> str:
+def _known_modules() -> set[str]:
+    """The names of all modules of this library, as "covidsev.method.losses"."""
+    folder = _module_file(PACKAGE).parent
+    files = (file.relative_to(folder).with_suffix("") for file in folder.rglob("[a-z]*.py"))
+    return {".".join([PACKAGE, *file.parts]) for file in files}
+
+
+def _module_in(full: str) -> str:
+    """The module that a full name stands for or lies in; empty if there is none."""
+    parts = full.split(".")
+    prefixes = (".".join(parts[:count]) for count in range(len(parts), 1, -1))
+    return next((name for name in prefixes if _module_file(name).is_file()), "")
+
+
+def read_module(module: str) -> str:
     """The source of a module of this library; ConfigError with a suggestion if there is none."""
     path = _module_file(module)
     if not path.is_file():
-        names = (f"{PACKAGE}.{file.stem}" for file in path.parent.glob("[a-z]*.py"))
-        raise ConfigError(f"no module {module!r} in this library", fix=suggest(module, names))
-    return path.read_text(encoding="utf-8")
+        raise ConfigError(f"no module {module!r} in this library", fix=suggest(module, _known_modules()))
+    package = module.rpartition(".")[0]
+    return re.sub(r"^(\s*)from (\.[\w.]*) import",
+                  lambda found: f"{found[1]}from {importlib.util.resolve_name(found[2], package).rstrip('.')} import",
+                  path.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def _parse(source: str) -> ast.Module:
@@ -301,11 +317,11 @@ def _modules_named(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):  # `import a.b` binds a, and imports a.b
             names |= {full for _, full in _meanings(node)} | {alias.name for alias in node.names}
-    return {".".join(name.split(".")[:2]) for name in names if name.startswith(PACKAGE + ".")}
+    return {_module_in(name) or name for name in names if name.startswith(PACKAGE + ".")}
 
 
 def imports_of(source: str) -> set[str]:
-    """The modules of this library that a source text imports anywhere, as {"covidsev.losses", ...}.
+    """The modules of this library that a source text imports anywhere, as {"covidsev.method.losses", ...}.
 
     Understands absolute and relative imports, inside functions too. Notebook lines that start with % or !
     are skipped; SyntaxError if the rest is not Python."""
@@ -384,7 +400,7 @@ class _Part(NamedTuple):
     """One definition: a digest of its code and of what its imported names mean, and the names it uses."""
 
     digest: str
-    uses: frozenset[str]  # names of the same module, and full names such as "covidsev.config.suggest"
+    uses: frozenset[str]  # names of the same module, and full names such as "covidsev.core.suggest"
 
 
 def _part(nodes: list[ast.stmt], outer: Mapping[str, set[str]], names: Iterable[str]) -> _Part:
@@ -443,8 +459,9 @@ def _places(full: str, known: set[str]) -> list[tuple[str, str]]:
         return []
     if not rest:  # the package itself is passed around: any module may be meant
         return [(module, "*") for module in known]
-    module = f"{PACKAGE}.{rest[0]}"
-    return [(module, rest[1] if len(rest) > 1 else "*")] if module in known else []
+    module = _module_in(full)
+    rest = full.removeprefix(module).strip(".").split(".")
+    return [(module, rest[0] or "*")] if module in known else []
 
 
 def _needed_by(module: str, name: str, outline: _Outline, first: bool,
@@ -471,8 +488,9 @@ def source_key(source: str, without: Iterable[str] = ()) -> dict[str, dict[str, 
     tree = _parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE + "."):
-            _read_module(node.module)
-    known = {f"{PACKAGE}.{file.stem}" for file in _module_file(PACKAGE).parent.glob("[a-z]*.py")}
+            for alias in node.names:  # of a package its modules, else the module itself
+                read_module(_module_in(f"{node.module}.{alias.name}") or node.module)
+    known = _known_modules()
     used = [place for full in _part(tree.body, {}, ()).uses for place in _places(full, known)]
     touched = [(module, MODULE_LEVEL) for module in _modules_named(tree) & known]
     waiting = [place for place in used + touched if place[0] not in set(without)]
@@ -481,7 +499,7 @@ def source_key(source: str, without: Iterable[str] = ()) -> dict[str, dict[str, 
         module, name = place = waiting.pop()
         if place not in seen:
             if first := module not in outlines:
-                outlines[module] = _outline(_read_module(module))
+                outlines[module] = _outline(read_module(module))
             outline = outlines[module]
             if name in outline.parts:
                 found.setdefault(module, {})[name] = outline.parts[name].digest

@@ -15,19 +15,20 @@ import re
 import sys
 from pathlib import Path
 
-from covidsev.experiments import Registry, load_registry
+from covidsev.paper.experiments import Registry, load_registry
 
 import shape
+from shape import library, module_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Reading order: a part takes the notebooks whose number is from the first up to, not including, the second.
+# Reading order: the folder of each part, those at the top last.
 PARTS = {
-    "The problem and the data": [("02", "05")],
-    "The method": [("05", "12")],
-    "From masks to severity": [("12", "14"), ("14d", "14f")],
-    "Experiments and results": [("14", "14d"), ("14f", "15a")],
-    "Checking and tools": [("00", "02"), ("15a", "99")],
+    "The problem and the data": "1_data/",
+    "The method": "2_method/",
+    "From masks to severity": "3_severity/",
+    "Experiments and results": "4_paper/",
+    "Checking and tools": "",
 }
 FENCE_OR_CODE = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]*`)", re.S)
 LINK = re.compile(r"(!?\[[^\]\n]*\])\(([^)\s]+)\)")
@@ -142,8 +143,9 @@ def executed(root: Path, name: str, registry: Registry) -> Path | None:
 
 def library_pages(root: Path) -> Files:
     """The library notebooks and the front door."""
-    paths = [root / "nbs" / "index.ipynb", *sorted((root / "nbs").glob("[0-9]*.ipynb"))]
-    return {path.name: dump(page_of(read_json(path), f"nbs/{path.name}")) for path in paths}
+    paths = [root / "nbs" / "index.ipynb", *library(root)]
+    names = [path.relative_to(root / "nbs").as_posix() for path in paths]
+    return {name: dump(page_of(read_json(path), f"nbs/{name}")) for name, path in zip(names, paths, strict=True)}
 
 
 def experiment_pages(root: Path, registry: Registry) -> Files:
@@ -170,16 +172,13 @@ def toctree(pages: list[str], caption: str = "", hidden: bool = True) -> str:
 
 
 def part_of(name: str) -> str:
-    """The part of the book in which the library notebook `name` stands."""
-    number = name.split("_", 1)[0]
-    return next(
-        (part for part, ranges in PARTS.items() if any(a <= number < b for a, b in ranges)), list(PARTS)[-1]
-    )
+    """The part of the book in which the library notebook `name` stands, named as below nbs/."""
+    return next(part for part, folder in PARTS.items() if name.startswith(folder))
 
 
 def contents(pages: Files) -> str:
     """The table of contents of the front page, part by part."""
-    library = sorted(page.removesuffix(".ipynb") for page in pages if re.match(r"\d\w*\.ipynb$", page))
+    library = sorted(page.removesuffix(".ipynb") for page in pages if re.match(r"\d[\w/]*\.ipynb$", page))
     others = {
         "Experiments and results": ["claims", "results/index", "experiments/index"],
         "Checking and tools": [
@@ -330,12 +329,12 @@ def exported_names(path: Path) -> list[str]:
 
 def api_page(notebook: Path, module: Path) -> bytes:
     """A module: its names in short, then in full, from the docstrings."""
-    name = f"covidsev.{module.stem}"
+    name = module_of(notebook)
     names = [f"   {each}" for each in exported_names(module)]
     lines = [
         f"# {name}",
         "",
-        f"Written in [{notebook.stem}](../{notebook.name}).",
+        f"Written in [{notebook.stem}](../{notebook.relative_to(notebook.parents[1] if notebook.parent.name == 'nbs' else notebook.parents[2]).as_posix().removeprefix('nbs/')}).",
         "",
         "```{eval-rst}",
         f".. currentmodule:: {name}",
@@ -356,10 +355,10 @@ def api_page(notebook: Path, module: Path) -> bytes:
 def api_pages(root: Path) -> Files:
     """A page a module, and their list in the order of the notebooks."""
     made, rows, modules = {}, [], []
-    for notebook in sorted((root / "nbs").glob("[0-9]*.ipynb")):
-        module = root / "covidsev" / f"{notebook.stem.split('_', 1)[1]}.py"
+    for notebook in library(root):
+        name = module_of(notebook)
+        module = root / f"{name.replace('.', '/')}.py"
         if module.is_file():
-            name = f"covidsev.{module.stem}"
             made[f"api/{name}.md"] = api_page(notebook, module)
             modules.append(name)
             rows.append(f"| [{name}]({name}.md) | {_first_line(module)} |")

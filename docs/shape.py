@@ -130,9 +130,21 @@ def shape_of(path: Path) -> Shape:
     )
 
 
+def library(root: Path) -> list[Path]:
+    """The library notebooks in reading order: the parts of the house are folders, numbered like their notebooks."""
+    found = [path for path in (root / "nbs").rglob("[0-9]*.ipynb") if path.parent.name != "experiments"]
+    return sorted(path for path in found if ".ipynb_checkpoints" not in path.parts)
+
+
+def module_of(notebook: Path) -> str:
+    """The module that a library notebook makes: nbs/2_method/03_infnet.ipynb makes covidsev.method.infnet."""
+    parts = [notebook.parent.name, notebook.stem] if notebook.parent.name != "nbs" else [notebook.stem]
+    return ".".join(["covidsev", *(part.split("_", 1)[1] for part in parts)])
+
+
 def shapes(root: Path) -> list[Shape]:
     """The shapes of all library notebooks, in reading order."""
-    return [shape_of(path) for path in sorted((root / "nbs").glob("[0-9]*.ipynb"))]
+    return [shape_of(path) for path in library(root)]
 
 
 def beyond_limits(found: list[Shape]) -> list[str]:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from covidsev import config
-from covidsev.experiments import import_papermill
+from covidsev import core as config
+from covidsev.paper.experiments import import_papermill
 
 import_papermill()  # before a test imports nbformat: the quick way, without a grammar that takes seconds to build
 

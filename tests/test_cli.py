@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from covidsev.cli import main, run_cleanly
-from covidsev.config import CheckpointError, ConfigError, NonFiniteError, RunLockedError
+from covidsev.core import CheckpointError, ConfigError, NonFiniteError, RunLockedError
 from covidsev.provenance import run_lock
 
 COMMAND = [sys.executable, "-c", "from covidsev.cli import main; main()"]

@@ -12,13 +12,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from covidsev import cases
-from covidsev.cases import Options, process_cases
+from covidsev.severity.score import cases
+from covidsev.severity.cases import Options, process_cases
 from covidsev.cli import main, parse_cuts, parse_label_maps, parse_pair
-from covidsev.comparators import build_network
-from covidsev.config import ConfigError
-from covidsev.export import ModelInfo, save_model
-from covidsev.phantom import phantom_volume
+from covidsev.method.unets import build_network
+from covidsev.core import ConfigError
+from covidsev.method.export import ModelInfo, save_model
+from covidsev.data.phantom import phantom_volume
 from covidsev.provenance import run_lock
 
 

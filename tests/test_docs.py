@@ -82,9 +82,9 @@ def test_an_empty_folder_is_not_a_good_site(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("source, path, moved", [
-    ("[a](05_losses.ipynb#x)", "nbs/index.ipynb", "[a](05_losses.ipynb#x)"),
+    ("[a](../nbs/2_method/02_losses.ipynb#x)", "nbs/index.ipynb", "[a](../nbs/2_method/02_losses.ipynb#x)"),
     ("![a](../figures/smoke/a.png)", "nbs/index.ipynb", "![a](figures/smoke/a.png)"),
-    ("[a](../05_losses.ipynb)", "nbs/experiments/t.ipynb", "[a](../05_losses.ipynb)"),
+    ("[a](../nbs/2_method/02_losses.ipynb)", "nbs/experiments/t.ipynb", "[a](../nbs/2_method/02_losses.ipynb)"),
     ("[a](experiments)", "nbs/index.ipynb", "[a](experiments/index.md)"),
     ("[a](../results/cpu/tables/table2.md)", "nbs/index.ipynb", "[a](results/cpu.md)"),
     ("the [licence](../LICENSE) holds", "nbs/index.ipynb", "the licence holds"),
@@ -201,8 +201,8 @@ def test_a_small_site_builds_without_a_warning_and_loads_nothing(tmp_path):
     front = notebook(("markdown", "# Front\n\n$$ a^2 $$\n\n[next](01_x.ipynb#there)"), ("markdown", book.toctree(["01_x", "api"], "Part")))
     picture = [{"output_type": "display_data", "metadata": {}, "data": {"image/png": PNG}}]
     second = notebook(("markdown", "# Second\n\n## There\n\n$x$"), ("code", "#| export\n1 + 1"), outputs=picture)
-    api = book.api_page(ROOT / "nbs" / "00_config.ipynb", ROOT / "covidsev" / "config.py")
-    api = api.replace(b"[00_config](../00_config.ipynb)", b"a notebook")
+    api = book.api_page(ROOT / "nbs" / "00_core.ipynb", ROOT / "covidsev" / "config.py")
+    api = api.replace(b"[00_config](../nbs/00_core.ipynb)", b"a notebook")
     book.write_tree(tmp_path / "source", {"index.ipynb": book.dump(book.page_of(front, "nbs/index.ipynb")),
                                           "01_x.ipynb": book.dump(book.page_of(second, "nbs/01_x.ipynb")), "api.md": api})
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", ROOT / "docs", "source", "html"]
@@ -211,4 +211,4 @@ def test_a_small_site_builds_without_a_warning_and_loads_nothing(tmp_path):
     assert check.faults_of(tmp_path / "html") == []
     html = (tmp_path / "html" / "01_x.html").read_text(encoding="utf-8")
     assert "_static/tex-svg.js" in html and "tag_export" in html and "_images/" in html
-    assert "covidsev.config.ConfigError" in (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
+    assert "covidsev.core.ConfigError" in (tmp_path / "html" / "api.html").read_text(encoding="utf-8")

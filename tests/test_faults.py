@@ -13,16 +13,16 @@ from click.testing import CliRunner
 from PIL import Image
 from toys import write_nifti as save
 
-from covidsev import cases
-from covidsev.cases import Options, cached_lungs, list_cases, process_case, process_cases
+from covidsev.severity.score import cases
+from covidsev.severity.cases import Options, cached_lungs, list_cases, process_case, process_cases
 from covidsev.cli import main
-from covidsev.comparators import build_network
-from covidsev.config import ConfigError, GeometryError, MaskError
-from covidsev.export import ModelInfo, save_model
-from covidsev.lungs import segment_lungs
-from covidsev.phantom import phantom_volume
+from covidsev.method.unets import build_network
+from covidsev.core import ConfigError, GeometryError, MaskError
+from covidsev.method.export import ModelInfo, save_model
+from covidsev.severity.lungs import segment_lungs
+from covidsev.data.phantom import phantom_volume
 from covidsev.provenance import sha256_file
-from covidsev.scans import read_scan
+from covidsev.data.scans import read_scan
 
 
 def ras(planes: np.ndarray) -> np.ndarray:

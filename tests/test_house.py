@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from covidsev.provenance import imports_of
+from covidsev.provenance import imports_of, read_module
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
 import shape  # noqa: E402
 
-LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+LIBRARY = shape.library(ROOT)
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
-MODULES = sorted(path for path in (ROOT / "covidsev").glob("*.py") if not path.name.startswith("_"))
+MODULES = sorted(path for path in (ROOT / "covidsev").rglob("*.py") if not path.name.startswith("_"))
 
 # spelt so that this file does not contain what it looks for
 MACHINE_PATH = re.compile(r"(^|[^A-Za-z0-9_.])/(work|root|farm)/|/tmp/(tmp|ipy|bash_jobs|src|tools)|/home/[a-z]", re.M)
@@ -71,8 +71,8 @@ def exported(tmp_path_factory) -> Path:
 
 
 def test_modules_are_what_the_notebooks_export(exported):
-    made = {path.name: path.read_bytes() for path in (exported / "covidsev").glob("*.py")}
-    kept = {path.name: path.read_bytes() for path in (ROOT / "covidsev").glob("*.py")}
+    made = {str(path.relative_to(exported)): path.read_bytes() for path in (exported / "covidsev").rglob("*.py")}
+    kept = {str(path.relative_to(ROOT)): path.read_bytes() for path in (ROOT / "covidsev").rglob("*.py")}
     different = sorted(name for name in made.keys() | kept.keys() if made.get(name) != kept.get(name))
     assert not different, f"run nbdev_export; not what the notebooks export: {', '.join(different)}"
 
@@ -116,7 +116,7 @@ def test_no_shell_lines_in_notebooks(notebook):
 @pytest.mark.parametrize("notebook", LIBRARY, ids=lambda path: path.stem)
 def test_each_library_notebook_makes_one_module(notebook):
     names = re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(code_of(notebook)), re.M)
-    assert names == [notebook.stem.split("_", 1)[1]]
+    assert names == [shape.module_of(notebook).removeprefix("covidsev.")]
 
 
 def test_nothing_of_this_machine_is_in_the_project(tracked):
@@ -149,7 +149,7 @@ def test_no_file_of_the_real_data_stands_in_the_project(tracked, data_root):
 HEAVY = ("torch", "numpy", "pandas", "scipy", "matplotlib", "papermill")
 
 
-@pytest.mark.parametrize("statement", ["import covidsev", "import covidsev.config, covidsev.provenance", "import covidsev.catalogue"])
+@pytest.mark.parametrize("statement", ["import covidsev", "import covidsev.core, covidsev.provenance", "import covidsev.data.catalogue"])
 def test_light_imports(statement):
     code = f"import sys; {statement}; print(*sorted(set({HEAVY!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -170,10 +170,8 @@ print("loaded:", *sorted({{"torch", "pandas", "matplotlib"}} & set(sys.modules))
 
 
 def test_imports_go_from_higher_to_lower_numbers():
-    order = {f"covidsev.{notebook.stem.split('_', 1)[1]}": place for place, notebook in enumerate(LIBRARY)}
-    wrong = [f"{path.stem} imports {other}" for path in MODULES
-             for other in imports_of(path.read_text(encoding="utf-8"))
-             if order[other] >= order[f"covidsev.{path.stem}"]]
+    order = {shape.module_of(notebook): place for place, notebook in enumerate(LIBRARY)}
+    wrong = [f"{name} imports {other}" for name in order for other in imports_of(read_module(name)) if order[other] >= order[name]]
     assert not wrong, wrong
 
 
@@ -220,4 +218,4 @@ def test_next_links_follow_the_reading_order():
     for notebook, after in zip(LIBRARY, LIBRARY[1:]):
         prose = "\n".join(cell["source"] for cell in cells(notebook) if cell["cell_type"] == "markdown")
         link = re.search(r"\]\(([^)]+)\)", prose.partition("## Next")[2])
-        assert link and link[1] == after.name, f"{notebook.name}: its Next should lead to {after.name}"
+        assert link and link[1] == os.path.relpath(after, notebook.parent), f"{notebook.name}: its Next should lead to {after.name}"

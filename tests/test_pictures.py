@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from test_cases import clinic, picture_folder, quick_pictures  # noqa: F401  (fixtures)
 
-from covidsev.cases import Options, check_options, process_case, process_cases, turn_upright
-from covidsev.config import ConfigError, GeometryError, MaskError
+from covidsev.severity.cases import Options, check_options, process_case, process_cases, turn_upright
+from covidsev.core import ConfigError, GeometryError, MaskError
 
 
 def test_a_slice_has_a_partial_score_and_no_ct_ss_in_any_line(clinic, tmp_path):

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from covidsev import provenance
-from covidsev.config import ConfigError, RunLockedError
+from covidsev.core import ConfigError, RunLockedError
 
 PLAIN = st.none() | st.booleans() | st.integers(-10**6, 10**6) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
 SETTINGS = st.dictionaries(st.text(alphabet="abcxyz_", min_size=1, max_size=6), PLAIN, max_size=5)
@@ -521,13 +521,13 @@ def test_source_key_of_a_circle_and_of_a_missing_module(package):
 
 def test_source_key_of_this_library_holds_what_it_should_and_parses_it_once(monkeypatch):
     source = "from covidsev import runs, figures\nruns.train_network"
-    key = provenance.source_key(source, without=["covidsev.figures"])
-    assert "covidsev.figures" not in key and "fit" in key["covidsev.training"] and "train_network" in key["covidsev.runs"]
-    assert {"check_covid_semiseg", "grey_profile"}.isdisjoint(key["covidsev.datasets"])
+    key = provenance.source_key(source, without=["covidsev.data.show"])
+    assert "covidsev.data.show" not in key and "fit" in key["covidsev.method.training"] and "train_network" in key["covidsev.paper.runs"]
+    assert {"check_covid_semiseg", "grey_profile"}.isdisjoint(key["covidsev.data.datasets"])
     parsed = []
     parse = provenance.ast.parse
     monkeypatch.setattr(provenance.ast, "parse", lambda text, *args, **kwargs: parsed.append(text) or parse(text, *args, **kwargs))
-    assert provenance.source_key(source, without=["covidsev.figures"]) == key
+    assert provenance.source_key(source, without=["covidsev.data.show"]) == key
     assert set(parsed) <= {source}  # no module of the library again
 
 

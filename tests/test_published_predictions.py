@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from covidsev import metrics
-from covidsev.datasets import find_covid_semiseg, read_map, read_mask
-from covidsev.metrics import evaluate_folder, per_image, pooled_dice, summarise, threshold_curves, toolbox
+from covidsev.method import metrics
+from covidsev.data.datasets import find_covid_semiseg, read_map, read_mask
+from covidsev.method.metrics import evaluate_folder, per_image, pooled_dice, summarise, threshold_curves, toolbox
 
 SINGLE = "Results/Lung infection segmentation"
 MULTI = "Results/Multi-class lung infection segmentation"

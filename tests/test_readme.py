@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from covidsev.cli import main
-from covidsev.config import repo_root
+from covidsev.core import repo_root
 
 ROOT = repo_root()
 README = (ROOT / "README.md").read_text(encoding="utf-8")

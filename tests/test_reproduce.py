@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from covidsev import experiments
-from covidsev.config import repo_root
-from covidsev.experiments import Places, check_manifest, load_registry
+from covidsev.paper import experiments
+from covidsev.core import repo_root
+from covidsev.paper.experiments import Places, check_manifest, load_registry
 from covidsev.provenance import read_json
 
 TINY = {"epochs": 2, "size": 32, "n_train": 4, "n_test": 4, "val_slices": 2, "warmup_epochs": 0}
@@ -54,8 +54,8 @@ def test_run_record_says_what_was_done(made):
     assert record["environment"]["packages"]["torch"] and record["init"] == "scratch"
     assert set(record["cache"]) == {"parameters", "notebook", "modules", "data", "needs"}
     modules = record["cache"]["modules"]
-    assert "fit" in modules["covidsev.training"] and "covidsev.figures" not in modules
-    assert "check_covid_semiseg" not in modules["covidsev.datasets"]  # in a module that is used, and not reached
+    assert "fit" in modules["covidsev.method.training"] and "covidsev.data.show" not in modules
+    assert "check_covid_semiseg" not in modules["covidsev.data.datasets"]  # in a module that is used, and not reached
     text = (made[0] / "results/smoke/train_single/sinfnet-seed0/run.json").read_text()
     assert str(made[0]) not in text and os.uname().nodename not in text and str(Path.home()) + "/" not in text
 
@@ -97,9 +97,9 @@ def test_explain_names_changed_library_code_but_not_changed_drawing(made, monkey
 
         return key
 
-    monkeypatch.setattr(experiments, "source_key", edited("covidsev.losses", "structure_loss"))
-    assert "module covidsev.losses: structure_loss changed" in run(made[0], explain=True)[1]
-    monkeypatch.setattr(experiments, "source_key", edited("covidsev.figures", "caption"))
+    monkeypatch.setattr(experiments, "source_key", edited("covidsev.method.losses", "structure_loss"))
+    assert "module covidsev.method.losses: structure_loss changed" in run(made[0], explain=True)[1]
+    monkeypatch.setattr(experiments, "source_key", edited("covidsev.data.show", "caption"))
     plan, _ = run(made[0], explain=True)
     assert [bool(each.reasons) for each in plan if each.run.kind == "compute"] == [False, False]
     assert all(each.reasons for each in plan if each.run.kind == "render")

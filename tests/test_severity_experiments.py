@@ -10,11 +10,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from covidsev import experiments, figures, severity_figures as sf, validation as va
-from covidsev.config import LeakageError, repo_root
-from covidsev.metrics import dsc
+from covidsev.paper import experiments
+from covidsev.data import show as figures
+from covidsev.paper import severity_figures as sf
+from covidsev.paper import validation as va
+from covidsev.core import LeakageError, repo_root
+from covidsev.method.metrics import dsc
 from covidsev.provenance import write_text
-from covidsev.severity import MIN_FRACTIONS
+from covidsev.severity.score import MIN_FRACTIONS
 
 FOLDER = repo_root() / "nbs" / "experiments"
 COMPUTE = ("severity_phantom", "severity_masks", "severity_predicted", "severity_ictcf")

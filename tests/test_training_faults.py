@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-import covidsev.provenance as provenance
-import covidsev.training as training
-from covidsev.config import CheckpointError, ConfigError, NonFiniteError, RunLockedError
-from covidsev.losses import SideOutputs
+from covidsev import provenance
+from covidsev.method import training
+from covidsev.core import CheckpointError, ConfigError, NonFiniteError, RunLockedError
+from covidsev.method.losses import SideOutputs
 from covidsev.provenance import run_lock, sha256_file
-from covidsev.training import (
+from covidsev.method.training import (
     TrainConfig,
     fit,
     load_checkpoint,

@@ -2,7 +2,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from covidsev.infnet import BACKBONES, DecoderWidths, SmallResNet
+from covidsev.method.infnet import BACKBONES, DecoderWidths, SmallResNet
 
 
 class TinyResNet(SmallResNet):

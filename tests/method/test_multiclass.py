@@ -1,0 +1,642 @@
+"""Multi-class network: published counts, properties of encoding, losses, folds and table, leaks and bad input."""
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from covidsev.method.augmentation import augment, augmentation
+from covidsev.core import (ConfigError, CovidSevError, GeometryError, IntensityError,
+                             LeakageError, MaskError)
+from covidsev.data.datasets import (KNOWN_SHARED_GROUPS, SliceSet, load_covid_semiseg, load_phantom,
+                               prior_is_ground_truth, read_map, to_tensors)
+from covidsev.method.infnet import InfNet, count_parameters
+from covidsev.method.losses import focal
+from covidsev.method.metrics import per_image
+from covidsev.method.multiclass import (FORMS, MultiClassLoss, MultiClassUNet, Priors, balanced_weights, check_labels,
+                                 check_priors, class_dice, class_table, classes_of, dice_table,
+                                 fold_assignments, loss_map, multiclass_loss, one_hot, out_of_fold_priors,
+                                 predict_classes, predict_logits, predicted_priors, prior_tensor,
+                                 smooth_background, training_priors, weight_map)
+
+
+@pytest.fixture(scope="module")
+def small() -> MultiClassUNet:
+    torch.manual_seed(0)
+    net = MultiClassUNet("small")
+    with torch.no_grad():  # so that the normalisations have seen something
+        net.train()(*pair(2, seed=1))
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def train() -> SliceSet:
+    return load_phantom("train", 8, 64, seed=3)
+
+
+def pair(batch: int = 1, side: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, 1, side, side, generator=generator), torch.rand(batch, 1, side, side, generator=generator)
+
+
+def random_labels(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+@cache
+def on_meta(kind: str) -> MultiClassUNet:
+    with torch.device("meta"):
+        return MultiClassUNet(kind).eval()
+
+
+def constant(value: float):
+    """A first stage that knows nothing: the same probability everywhere."""
+    return lambda part, fold: lambda images: [np.full(image.shape, value) for image in images]
+
+
+# counts and shapes
+
+@pytest.mark.parametrize("kind, count", [("published", 17_269_251), ("improved", 17_390_553)])
+def test_published_parameter_counts(kind, count):
+    assert count_parameters(on_meta(kind)) == count
+
+
+def test_small_form_is_for_a_cpu():
+    assert 1_000_000 < count_parameters(on_meta("small")) < 2_000_000
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("height, width", [(352, 352), (96, 160)])
+def test_logits_at_the_input_size(kind, height, width):
+    x = torch.empty(2, 1, height, width, device="meta")
+    assert on_meta(kind)(x, x).logits.shape == (2, 3, height, width)
+
+
+@pytest.mark.parametrize("kind, channels", [("published", [64, 128, 256, 512, 512]), ("improved", [64, 128, 262, 512, 518]),
+                                            ("small", [16, 32, 64, 128, 160])])
+def test_widths_on_the_way_down(kind, channels):
+    x = torch.empty(1, 1, 352, 352, device="meta")
+    net = on_meta(kind)
+    features = net.encode(net.join(x, x))
+    half = 2 if kind == "small" else 1
+    assert [f.shape[1] for f in features] == channels
+    assert [f.shape[-1] for f in features] == [352 // half // 2**k for k in range(5)]
+
+
+def test_the_slice_is_normalised_as_in_infnet_and_the_prior_is_centred():
+    image, prior = pair()
+    raw = MultiClassUNet("small").join(image, prior)
+    torch.testing.assert_close(raw[:, :3], InfNet("small").normalise(image))
+    torch.testing.assert_close(raw[:, 3:], 2 * prior - 1)
+
+
+def test_the_seed_decides_the_weights():
+    nets = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        nets.append(MultiClassUNet("small").state_dict())
+    assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
+    assert not torch.equal(nets[0]["head.weight"], nets[2]["head.weight"])
+
+
+def test_batch_does_not_matter_in_eval_mode(small):
+    image, prior = pair(3)
+    with torch.inference_mode():
+        together, alone = small(image, prior).logits, small(image[1:2], prior[1:2]).logits
+    torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["published", "improved"])
+def test_large_forms_run_and_learn(kind):
+    torch.manual_seed(0)
+    net = MultiClassUNet(kind).train()
+    image, prior = pair(2, side=16)
+    multiclass_loss(net(image, prior).logits, random_labels(2, 1, 16, 16)).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_the_raw_prior_reaches_the_deepest_layer_of_the_improved_form():
+    torch.manual_seed(0)
+    net = MultiClassUNet("improved").eval()
+    image, prior = pair(side=32)
+    with torch.inference_mode():
+        raw = net.join(image, prior)
+        features = net.encode(raw)
+    for stage, stride in ((2, 4), (4, 16)):
+        assert torch.equal(features[stage][:, -6:], raw[..., ::stride, ::stride])
+
+
+def test_half_precision_learns(small):
+    image, prior = pair(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = small(image, prior).logits
+        loss = multiclass_loss(logits, random_labels(2, 1, 64, 64), MultiClassLoss("softmax", (0.3, 1.0, 2.0)))
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32 and torch.isfinite(loss)
+
+
+# bad input to the network
+
+@pytest.mark.parametrize("change, error, words", [
+    (lambda x, p: (x, p[..., :32]), GeometryError, "do not fit"),
+    (lambda x, p: (x, p[0]), GeometryError, "do not fit"),
+    (lambda x, p: (x, p.expand(-1, 3, -1, -1)), GeometryError, "do not fit"),
+    (lambda x, p: (x, (255 * p).to(torch.uint8)), GeometryError, "uint8"),
+    (lambda x, p: (x, 255 * p), IntensityError, "divide an 8-bit map"),
+    (lambda x, p: (x, p - 0.5), IntensityError, "probabilities"),
+    (lambda x, p: (x, p / 0), IntensityError, "probabilities"),
+    (lambda x, p: (x, p * float("nan")), IntensityError, "nan"),
+    (lambda x, p: (x[..., :48], p[..., :48]), GeometryError, "multiples of 32"),
+    (lambda x, p: (x.expand(-1, 3, -1, -1), p), GeometryError, "grey slices"),
+    (lambda x, p: (x[:0], p[:0]), GeometryError, "fit the strides"),
+])
+def test_bad_input(small, change, error, words):
+    with pytest.raises(error, match=words):
+        small(*change(*pair()))
+
+
+def test_rounding_of_a_prior_is_forgiven(small):
+    image, prior = pair()
+    small(image, prior.round() * (1 + 1e-6) - 1e-7)
+
+
+def test_augmented_priors_stay_priors(small):
+    image, prior = pair(4)
+    labels = random_labels(4, 1, 64, 64)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        moved, classes, moved_prior = augment(image, labels, augmentation("strong"), generator, prior.round())
+        small.join(moved, moved_prior)
+        check_labels(classes)
+
+
+def test_unknown_form():
+    with pytest.raises(ConfigError, match="did you mean 'improved'"):
+        MultiClassUNet("improve")
+
+
+# one-hot
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=60), st.integers(1, 6))
+def test_one_hot_is_a_partition_with_an_inverse(values, width):
+    labels = torch.tensor((values * width)[: len(values) // width * width or 1], dtype=torch.uint8)
+    labels = labels.reshape(1, 1, -1, width if labels.numel() % width == 0 else 1)
+    planes = one_hot(labels)
+    assert planes.shape == (1, 3, *labels.shape[2:]) and (planes.sum(1) == 1).all()
+    assert torch.equal(classes_of(planes), labels)
+
+
+def shifted(labels: np.ndarray) -> np.ndarray:
+    """The published encoding: ones at 3 i + c - 1; planes GGO, consolidation, background."""
+    flat = np.zeros(3 * labels.size)
+    flat[3 * np.arange(labels.size) + labels.ravel().astype(int) - 1] = 1
+    return flat.reshape(*labels.shape, 3).transpose(2, 0, 1)
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 12), st.integers(1, 12))
+def test_the_published_encoding_moves_the_background_by_one_pixel(seed, height, width):
+    labels = np.random.default_rng(seed).integers(0, 3, (height, width)).astype(np.uint8)
+    planes, wrong = one_hot(torch.from_numpy(labels)[None, None])[0].numpy(), shifted(labels)
+    assert np.array_equal(wrong[:2], planes[1:])
+    assert np.array_equal(wrong[2].ravel(), np.roll(planes[0].ravel(), -1))
+    constant_background = len(np.unique(labels == 0)) == 1
+    assert constant_background or not np.array_equal(wrong[2], planes[0])
+
+
+def test_the_published_encoding_on_one_row():
+    labels = np.array([[0, 0, 1, 0, 2, 2]], np.uint8)
+    assert shifted(labels)[2].tolist() == [[1, 0, 1, 0, 0, 1]]  # the truth is 1 1 0 1 0 0
+    assert one_hot(torch.from_numpy(labels)[None, None])[0, 0].tolist() == [[1, 1, 0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("labels, error", [
+    (torch.full((1, 1, 2, 2), 3, dtype=torch.uint8), MaskError), (torch.full((1, 1, 2, 2), -1), MaskError),
+    (torch.full((1, 1, 2, 2), 75, dtype=torch.uint8), MaskError), (torch.ones(1, 1, 2, 2), MaskError),
+    (torch.zeros(1, 1, 0, 2, dtype=torch.uint8), MaskError), (torch.zeros(1, 2, 2, dtype=torch.uint8), GeometryError),
+    (torch.zeros(1, 3, 2, 2, dtype=torch.uint8), GeometryError)])
+def test_labels_that_are_none(labels, error):
+    with pytest.raises(error):
+        one_hot(labels)
+
+
+# losses
+
+LOSSES = [MultiClassLoss(kind, weights, smoothing, gamma) for kind in ("sigmoid", "softmax")
+          for weights in (None, (0.3, 1.0, 2.5)) for smoothing in (0.0, 0.1) for gamma in (0.0, 2.0)]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_falls_under_gradient_descent(loss):
+    logits, labels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), random_labels(1, 1, 8, 8)
+    logits.requires_grad_()
+    before = multiclass_loss(logits, labels, loss)
+    before.backward()
+    assert before > 0 and torch.isfinite(logits.grad).all()
+    assert multiclass_loss(logits - 0.5 * logits.grad, labels, loss) < before
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_truth_is_better_than_anything_else(loss):
+    labels = random_labels(1, 1, 8, 8)
+    right = multiclass_loss(4 * one_hot(labels) - 2, labels, loss)
+    for seed in range(5):
+        wrong = random_labels(1, 1, 8, 8, seed=seed + 1)
+        assert multiclass_loss(4 * one_hot(wrong) - 2, labels, loss) > right
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_survive_huge_logits_and_half_precision(loss):
+    labels = random_labels(1, 1, 8, 8)
+    for scale in (1e4, 6e4):
+        logits = (scale * (one_hot(labels) - 0.5)).to(torch.float16).requires_grad_()
+        value = multiclass_loss(logits, labels, loss)
+        value.backward()
+        assert value.dtype == torch.float32 and torch.isfinite(value) and torch.isfinite(logits.grad).all()
+
+
+def test_a_weight_of_zero_takes_a_class_out():
+    labels = random_labels(1, 1, 8, 8)
+    logits = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    changed = logits + 3 * (labels == 2)
+    softmax = MultiClassLoss("softmax", (1.0, 1.0, 0.0))
+    torch.testing.assert_close(multiclass_loss(logits, labels, softmax), multiclass_loss(changed, labels, softmax))
+    one_class = multiclass_loss(logits, torch.full_like(labels, 2), softmax)
+    assert one_class == 0  # only pixels of weight zero: no loss, and no division by zero
+
+
+def test_class_weights_against_pytorch():
+    labels = random_labels(2, 1, 8, 8)
+    logits = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    weights = (0.2, 1.0, 3.0)
+    torch.testing.assert_close(multiclass_loss(logits, labels, MultiClassLoss("softmax", weights)),
+                               functional.cross_entropy(logits, labels[:, 0].long(), weight=torch.tensor(weights)))
+    assert weight_map(labels, MultiClassLoss("sigmoid", weights)).mean(dim=(0, 2, 3)).tolist() == pytest.approx(weights)
+
+
+def test_smoothing_touches_the_background_plane_only():
+    planes = one_hot(random_labels(1, 1, 8, 8))
+    published = smooth_background(planes, 0.1, spread=False)
+    assert torch.equal(published[:, 1:], planes[:, 1:]) and torch.allclose(published[:, 0], 0.9 * planes[:, 0])
+    spread = smooth_background(planes, 0.1, spread=True)
+    torch.testing.assert_close(spread.sum(1), torch.ones(1, 8, 8))
+    assert torch.equal(smooth_background(planes, 0.0, spread=True), planes)
+
+
+@given(st.floats(0.0, 30.0), st.floats(0.0, 5.0))
+def test_focal_never_raises_a_loss(value, gamma):
+    loss = torch.tensor(value, dtype=torch.float64)
+    assert 0 <= float(focal(loss, gamma)) <= value * (1 + 1e-12)
+    assert float(focal(loss, gamma, alpha=0.5)) == pytest.approx(0.5 * float(focal(loss, gamma)))
+
+
+def test_focal_has_a_gradient_where_the_loss_is_zero():
+    loss = torch.zeros(3, requires_grad=True)
+    focal(loss, 2.0).sum().backward()
+    assert torch.isfinite(loss.grad).all()
+
+
+def test_focal_is_taken_pixel_by_pixel():
+    labels, logits = random_labels(1, 1, 8, 8), torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = loss_map(logits, labels)
+    weighted = loss_map(logits, labels, MultiClassLoss(focal_gamma=2))
+    torch.testing.assert_close(weighted, (1 - torch.exp(-plain)) ** 2 * plain)
+    assert weighted.shape == (1, 3, 8, 8)
+    assert loss_map(logits, labels, MultiClassLoss("softmax")).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("settings_, words", [
+    ({"kind": "bce"}, "unknown multi-class loss"), ({"class_weights": (1.0, 1.0)}, "three numbers"),
+    ({"class_weights": (1.0, -1.0, 1.0)}, "none negative"), ({"class_weights": (0.0, 0.0, 0.0)}, "not all zero"),
+    ({"class_weights": (1.0, float("nan"), 1.0)}, "three numbers"), ({"background_smoothing": 1.0}, "share"),
+    ({"background_smoothing": -0.1}, "share"), ({"focal_gamma": -1.0}, "gamma"), ({"focal_alpha": 0.0}, "alpha")])
+def test_impossible_settings(settings_, words):
+    with pytest.raises(ConfigError, match=words):
+        multiclass_loss(torch.zeros(1, 3, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.uint8), MultiClassLoss(**settings_))
+
+
+def test_loss_of_unequal_sizes():
+    for logits in (torch.zeros(1, 3, 4, 2), torch.zeros(2, 3, 2, 2), torch.zeros(1, 1, 2, 2)):
+        with pytest.raises(GeometryError, match="differ in size"):
+            multiclass_loss(logits, torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
+
+
+# what a training set holds
+
+def test_class_table_counts_and_names_what_is_missing():
+    table = class_table([np.array([[0, 1]]), np.array([[0], [0], [1]])])
+    assert table["pixels"].tolist() == [3, 2, 0] and table["slices"].tolist() == [2, 2, 0]
+    assert table["note"].astype(bool).tolist() == [False, False, True]
+    with pytest.raises(ConfigError, match="no pixel of consolidation"):
+        balanced_weights([np.array([[0, 1]])])
+
+
+@given(st.lists(st.integers(1, 1000), min_size=3, max_size=3))
+def test_balanced_weights_balance(counts):
+    labels = np.repeat([0, 1, 2], counts)[None]
+    weights = balanced_weights([labels])
+    assert np.allclose(np.array(weights) * counts, labels.size / 3)
+
+
+# folds and priors
+
+groups_strategy = st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=40).filter(lambda g: len(set(g)) > 1)
+
+
+@given(groups_strategy, st.integers(2, 8), st.integers(0, 5), st.randoms())
+def test_folds_keep_groups_whole_and_do_not_depend_on_order(groups, n_folds, seed, random):
+    n_folds = min(n_folds, len(set(groups)))
+    folds = fold_assignments(groups, n_folds, seed)
+    assert sorted(set(folds)) == list(range(n_folds))
+    assert all(len({f for f, g in zip(folds, groups, strict=True) if g == group}) == 1 for group in groups)
+    order = random.sample(range(len(groups)), len(groups))
+    assert np.array_equal(fold_assignments([groups[k] for k in order], n_folds, seed), folds[order])
+    largest = max(groups.count(g) for g in groups)
+    assert np.ptp(np.bincount(folds)) <= largest
+
+
+def test_folds_need_groups():
+    with pytest.raises(ConfigError, match="3 slices in 1 scan groups"):
+        fold_assignments(["a", "a", "a"], 2)
+    with pytest.raises(ConfigError, match="choose fewer folds"):
+        fold_assignments(["a", "b"], 3)
+    assert len({tuple(fold_assignments(list("abcdefgh"), 4, seed)) for seed in range(6)}) > 1
+
+
+def test_each_prior_comes_from_a_model_that_saw_neither_slice_nor_scan(train):
+    asked = []
+
+    def train_fold(part: SliceSet, fold: int):
+        def predict(images):
+            asked.append((fold, set(part.groups), len(images)))
+            return [np.full(image.shape, fold / 10) for image in images]
+        return predict
+
+    folds = fold_assignments(train.groups, 4, seed=1)
+    priors = training_priors(train, train_fold=train_fold, folds=folds)
+    assert [float(p[0, 0]) for p in priors.maps] == pytest.approx(list(folds / 10))  # each from its own fold's model
+    for index, (group, seen) in enumerate(zip(train.groups, priors.seen, strict=True)):
+        assert not {train.groups[train.ids.index(name)] for name in seen} & {group}
+        assert len(seen) == sum(folds != folds[index])
+    assert [count for *_, count in asked] == np.bincount(folds).tolist()
+
+
+def test_the_predictor_cannot_spoil_the_images(train):
+    before = train.content_hash()
+
+    def predict(images):
+        for image in images:
+            image[:] = 0
+        return [np.zeros(image.shape) for image in images]
+
+    out_of_fold_priors(lambda part, fold: predict, train, fold_assignments(train.groups, 2))
+    assert train.content_hash() == before
+
+
+def test_a_scan_in_two_folds_is_a_leak(train):
+    with pytest.raises(LeakageError, match=train.groups[0]):
+        out_of_fold_priors(constant(0.5), train, np.arange(len(train)) % 2)
+
+
+def test_one_picture_under_two_names_is_a_leak(train):
+    double = train.subset([*range(len(train)), 0])
+    double.ids[-1], double.groups[-1] = "copy", "another scan"
+    folds = np.array([0, 0, 1, 1, 0, 0, 1, 1, 1])
+    with pytest.raises(LeakageError, match="copy"):
+        out_of_fold_priors(constant(0.5), double, folds)
+
+
+def test_the_truth_under_another_name_is_a_leak(train):
+    answers = {image.tobytes(): labels > 0 for image, labels in zip(train.images, train.labels, strict=True)}
+    cheat = lambda part, fold: lambda images: [answers[image.tobytes()] for image in images]  # noqa: E731
+    with pytest.raises(LeakageError, match="ground truth"):
+        out_of_fold_priors(cheat, train, fold_assignments(train.groups, 2))
+    asked_for = training_priors(train, "ground_truth")
+    assert asked_for.source == "ground_truth" and np.array_equal(asked_for.maps[0], train.infection(0))
+    assert check_priors(asked_for, train) is asked_for
+
+
+def test_a_tampered_record_is_found(train):
+    priors = out_of_fold_priors(constant(0.5), train, fold_assignments(train.groups, 2))
+    assert check_priors(priors, train) is priors
+    neighbour = next(k for k in range(1, len(train)) if train.groups[k] == train.groups[0])
+    seen = [priors.seen[0] | {train.ids[neighbour]}, *priors.seen[1:]]
+    with pytest.raises(LeakageError, match=train.ids[0]):
+        check_priors(priors._replace(seen=seen), train)
+    with pytest.raises(ConfigError, match="unknown source of priors"):
+        check_priors(priors._replace(source="oof"), train)
+    with pytest.raises(ConfigError, match="each slice needs one prior"):
+        check_priors(Priors("predicted", priors.maps[1:], priors.seen[1:]), train)
+
+
+@pytest.mark.parametrize("train_fold, error, words", [
+    (constant(1.5), IntensityError, "probabilities"), (constant(float("nan")), IntensityError, "NaN"),
+    (lambda part, fold: lambda images: [], ConfigError, "0 maps for 4 slices"),
+    (lambda part, fold: lambda images: [np.zeros((2, 2))] * len(images), GeometryError, r"prior \(2, 2\)")])
+def test_wrong_predictions(train, train_fold, error, words):
+    with pytest.raises(error, match=words):
+        out_of_fold_priors(train_fold, train, fold_assignments(train.groups, 2))
+
+
+@pytest.mark.parametrize("folds", [np.zeros(8, int), np.zeros(3, int), np.arange(16).reshape(8, 2)])
+def test_wrong_folds(train, folds):
+    with pytest.raises(ConfigError, match="needs a fold"):
+        out_of_fold_priors(constant(0.5), train, folds)
+
+
+def test_out_of_fold_is_the_default_and_needs_a_model(train):
+    with pytest.raises(ConfigError, match='prior="ground_truth"'):
+        training_priors(train)
+    with pytest.raises(ConfigError, match="did you mean 'ground_truth'"):
+        training_priors(train, "ground-truth")
+
+
+def test_priors_of_test_slices_need_another_training_set(train):
+    other = load_phantom("test", 4, 64, seed=3)
+    priors = predicted_priors(constant(0.25)(train, 0), other, trained_on=train)
+    assert priors.source == "predicted" and len(priors.maps) == 4
+    with pytest.raises(LeakageError, match="share patients"):
+        predicted_priors(constant(0.25)(train, 0), train.subset([0]), trained_on=train)
+
+
+def test_prior_tensor_keeps_range_and_shape():
+    maps = [np.random.default_rng(0).random((50, 33)), np.ones((64, 80)), np.eye(40, dtype=bool)]
+    tensor = prior_tensor(maps, 32)
+    assert tensor.shape == (3, 1, 32, 32) and tensor.dtype == torch.float32
+    assert 0 <= tensor.min() and tensor.max() <= 1 and torch.allclose(tensor[1], torch.ones(1))
+    assert float(tensor[0].mean()) == pytest.approx(maps[0].mean(), abs=0.02)  # averaged, not sampled
+    with pytest.raises(IntensityError):
+        prior_tensor([255 * maps[1]], 32)
+    with pytest.raises(ConfigError, match="no prior"):
+        prior_tensor([], 32)
+
+
+# decision
+
+@given(st.integers(0, 1000), st.floats(0.1, 10), st.floats(-5, 5))
+def test_the_decision_ignores_any_rising_change_of_all_logits(seed, scale, shift):
+    logits = torch.randn(1, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    classes = classes_of(logits)
+    assert classes.dtype == torch.uint8 and classes.shape == (1, 1, 6, 6)
+    for changed in (scale * logits + shift, torch.sigmoid(logits), logits.softmax(1)):
+        assert torch.equal(classes_of(changed), classes)
+
+
+def test_predictions_at_native_sizes(small, train):
+    images, _ = to_tensors(train, 64)
+    priors = prior_tensor([np.full((64, 64), 0.5)] * len(train), 64)
+    shapes = [(40 + k, 70 - k) for k in range(len(train))]
+    small.train()
+    found = predict_classes(small, images, priors, shapes=shapes, batch_size=3)
+    assert [one.shape for one in found] == shapes and not small.training
+    assert all(one.dtype == np.uint8 and one.max() <= 2 for one in found)
+    again = predict_classes(small, images, priors, shapes=shapes, batch_size=3)
+    assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+    assert predict_logits(small, images[:0], priors[:0]).shape == (0, 3, 64, 64)
+
+
+@pytest.mark.parametrize("change, error", [
+    (lambda x, p: (x.float(), p), ConfigError), (lambda x, p: (x, p[:1]), GeometryError),
+    (lambda x, p: (x, p[..., :32]), GeometryError), (lambda x, p: (x, p * 255), IntensityError)])
+def test_bad_stacks(small, change, error):
+    images, priors = torch.zeros(2, 1, 64, 64, dtype=torch.uint8), torch.ones(2, 1, 64, 64)
+    with pytest.raises(error):
+        predict_classes(small, *change(images, priors))
+
+
+# the table
+
+@given(st.integers(0, 10_000), st.integers(1, 6))
+@settings(max_examples=25)
+def test_table_properties(seed, n):
+    draw = np.random.default_rng(seed)
+    truths = [draw.integers(0, draw.integers(1, 4), (5, 5)) for _ in range(n)]
+    found = [draw.integers(0, 3, (5, 5)) for _ in range(n)]
+    table = dice_table(class_dice(found, truths)).set_index("class")
+    assert list(table.index) == ["lesion mean", "ground-glass opacity", "consolidation", "background"]
+    for name, number in (("ground-glass opacity", 1), ("consolidation", 2), ("background", 0)):
+        row, there = table.loc[name], sum((truth == number).any() for truth in truths)
+        assert (row["n_all"], row["n_non_empty"]) == (n, there)
+        if there:  # the two conventions differ by the number that they divide by, and by nothing else
+            assert row["all_slices"] * n == pytest.approx(row["non_empty"] * there)
+        else:
+            assert row["all_slices"] == 0 and np.isnan(row["non_empty"])
+    lesions = table.loc[["ground-glass opacity", "consolidation"]]
+    assert table.loc["lesion mean", "all_slices"] == pytest.approx(lesions["all_slices"].mean())
+
+
+def test_the_published_consolidation_rows_are_one_number_in_two_conventions(repository):
+    """Every model's mean over 48 slices, 10 of them without consolidation, is its mean over 38 times 38 / 48."""
+    table = pd.read_csv(repository / "results" / "published" / "infnet_table.csv")
+    table = table[(table["label"] == "consolidation") & (table["metric"] == "meanDic") & (table["verified"] == "yes")]
+    pairs = table.pivot(index="row_key", columns="n", values="value")
+    assert len(pairs) == 5 and np.allclose(pairs[48], pairs[38] * 38 / 48, atol=1e-3)
+
+
+def test_the_table_of_the_published_maps(data_root, published_root):
+    """The maps of Semi-Inf-Net & U-Net at 0.5: our table agrees with the per-image scores, in both conventions."""
+    test = load_covid_semiseg(data_root, "test")
+    folder = published_root / "Results" / "Multi-class lung infection segmentation"
+    maps = {number: [read_map(folder / name / "Semi-Inf-Net_UNet" / f"{slice_id}.png") for slice_id in test.ids]
+            for number, name in ((1, "Ground-glass opacities"), (2, "Consolidation"))}
+    found = [np.where(two >= 0.5, 2, np.where(one >= 0.5, 1, 0)) for one, two in zip(maps[1], maps[2], strict=True)]
+    table = dice_table(class_dice(found, test.labels, test.ids)).set_index("class")
+    each = per_image([(one == 2) * 1.0 for one in found], [labels == 2 for labels in test.labels])
+    with_truth = each[each["n_truth"] > 0]
+    assert table.loc["consolidation", "non_empty"] == pytest.approx(with_truth["dice"].mean())
+    assert table.loc["consolidation", "all_slices"] == pytest.approx(with_truth["dice"].sum() / 48)
+    print(table.round(4))
+
+
+def test_a_perfect_network_on_the_real_test_set(data_root):
+    test = load_covid_semiseg(data_root, "test")
+    table = dice_table(class_dice(test.labels, test.labels, test.ids)).set_index("class")
+    assert table["n_all"].tolist() == [96, 48, 48, 48] and table["n_non_empty"].tolist() == [86, 48, 38, 48]
+    assert table["non_empty"].tolist() == [1, 1, 1, 1]
+    assert table.loc["consolidation", "all_slices"] == pytest.approx(38 / 48)
+
+
+@pytest.mark.parametrize("found, truth", [([[3]], [[0]]), ([[0]], [[75]]), ([[0.5]], [[0]]), ([[0, 0]], [[0]])])
+def test_tables_of_no_classes(found, truth):
+    with pytest.raises((MaskError, GeometryError)):
+        class_dice([np.array(found)], [np.array(truth)])
+
+
+def test_tables_of_unequal_numbers():
+    with pytest.raises(ConfigError):
+        class_dice([np.zeros((2, 2), int)] * 2, [np.zeros((2, 2), int)])
+
+
+# the pretext
+
+@pytest.mark.parametrize("targets", [("image", "prior"), ("image",), ("prior", "image")])
+def test_reconstruction_gives_what_was_asked_for(small, targets):
+    image, prior = pair()
+    pretext = small.with_reconstruction_head(targets).eval()
+    with torch.inference_mode():
+        painted = pretext(image, prior)
+    assert {name for name, value in painted._asdict().items() if value is not None} == set(targets)
+    assert painted.image.shape == image.shape
+
+
+def test_the_last_layer_is_linear():
+    """No squashing at the end: a scaled last layer gives scaled pictures, whatever their size."""
+    torch.manual_seed(0)
+    pretext = MultiClassUNet("small").with_reconstruction_head().eval()
+    image, prior = pair()
+    with torch.no_grad():
+        before = pretext(image, prior).image
+        pretext.body.head.weight *= 100
+        pretext.body.head.bias *= 100
+        torch.testing.assert_close(pretext(image, prior).image, 100 * before, rtol=1e-4, atol=1e-3)
+
+
+def test_the_pretext_is_a_copy(small):
+    pretext = small.with_reconstruction_head()
+    with torch.no_grad():
+        next(pretext.body.parameters()).add_(1)
+    assert not torch.equal(next(pretext.body.parameters()), next(small.parameters()))
+
+
+def test_every_weight_of_the_pretext_learns(small):
+    pretext = small.with_reconstruction_head().train()
+    image, prior = pair(2)
+    painted = pretext(image, prior)
+    ((painted.image - image) ** 2 + (painted.prior - prior) ** 2).mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in pretext.parameters())
+
+
+@pytest.mark.parametrize("targets", [(), ("edge",), ("image", "edge")])
+def test_nothing_to_reconstruct(small, targets):
+    with pytest.raises(ConfigError):
+        small.with_reconstruction_head(targets)
+
+
+# the real set
+
+def test_priors_of_the_real_set(data_root):
+    """The published priors are the masks; out-of-fold ones of its 50 slices keep the known scans together."""
+    assert prior_is_ground_truth(data_root)
+    train = load_covid_semiseg(data_root, "train")
+    folds = fold_assignments(train.groups, 5, seed=0)
+    assert np.bincount(folds).tolist() == [10] * 5
+    of = dict(zip(train.ids, folds, strict=True))
+    assert len({of[name] for name in ("4", "5", "17", "46")}) == 1 and of["10"] == of["43"]
+    priors = out_of_fold_priors(constant(0.5), train, folds)
+    assert all(prior.shape == image.shape for prior, image in zip(priors.maps, train.images, strict=True))
+    test = load_covid_semiseg(data_root, "test")
+    with pytest.raises(LeakageError, match="medseg1:A"):
+        predicted_priors(constant(0.5)(train, 0), test, trained_on=train)
+    assert len(predicted_priors(constant(0.5)(train, 0), test, train, known=KNOWN_SHARED_GROUPS).maps) == 48
+
+
+def test_errors_say_what_to_do(small, train):
+    image, prior = pair()
+    for call in (lambda: small(image, 255 * prior), lambda: small(image, prior[..., :32]),
+                 lambda: fold_assignments(["a"], 2), lambda: training_priors(train),
+                 lambda: balanced_weights([np.zeros((2, 2), int)])):
+        with pytest.raises(CovidSevError) as caught:
+            call()
+        assert caught.value.fix

@@ -1,0 +1,206 @@
+"""The U-Net and COVID-SegNet in their two forms, and the door through which experiments get a network."""
+
+import hashlib
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from covidsev.method.unets import (MODELS, SEGNET_STAGES, UNET_STAGES, FeatureVariation, ProgressivePyramid,
+                                  SegNet, UNet, UShape, build_network, scale_stages)
+from covidsev.core import ConfigError, GeometryError
+from covidsev.method.infnet import InfNet, count_parameters
+from covidsev.method.losses import infnet_loss
+
+
+FORMS = [(UNet, kind) for kind in UNET_STAGES] + [(SegNet, kind) for kind in SEGNET_STAGES]
+
+
+@cache
+def on_meta(network: type[UShape], kind: str, **options) -> UShape:
+    with torch.device("meta"):
+        return network(kind, **options).eval()
+
+
+def gflop(network: torch.nn.Module, side: int) -> float:
+    with FlopCounterMode(display=False) as counter:
+        network(torch.empty(1, 1, side, side, device="meta"))
+    return counter.get_total_flops() / 1e9
+
+
+def test_sizes_of_all_forms():
+    parameters = {form: count_parameters(on_meta(*form)) for form in FORMS}
+    assert list(parameters.values()) == [31_036_481, 2_457_457, 22_300_609, 1_399_521]
+    assert 1.1 < gflop(on_meta(UNet, "small"), 160) < 1.2 and 0.9 < gflop(on_meta(SegNet, "small"), 160) < 1
+    assert 150 < gflop(on_meta(UNet, "classic"), 352) < 200
+    with torch.device("meta"):
+        assert gflop(on_meta(SegNet, "small"), 160) < gflop(InfNet("small").eval(), 160)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="without AVX2 PyTorch draws others")
+@pytest.mark.parametrize("kind, weights", [("classic", "4409932e94bc1669"), ("small", "205914ddccb49794")])
+def test_a_seed_gives_the_unet_it_always_gave(kind, weights):
+    """Names, order and values of the first weights: published runs depend on all three."""
+    torch.manual_seed(0)
+    net, digest = UNet(kind, width=0.5), hashlib.sha256()
+    for name, value in net.state_dict().items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    assert digest.hexdigest()[:16] == weights
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    form=st.sampled_from(FORMS),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 5),
+    batch=st.integers(1, 3),
+)
+def test_output_has_the_size_of_the_input(form, rows, columns, batch):
+    net = on_meta(*form, width=0.25)
+    x = torch.empty(batch, 1, net.multiple * rows, net.multiple * columns, device="meta")
+    outputs, half = net(x), 2 if form[1] == "small" else 1
+    assert outputs.s_3.shape == x.shape
+    assert outputs.s_g is outputs.s_5 is outputs.s_4 is outputs.edge is None
+    features = net.features(x)
+    assert features.shape == (batch, net.head.in_channels, x.shape[2] // half, x.shape[3] // half)
+
+
+@pytest.mark.parametrize("network, kind", FORMS)
+def test_the_last_layer_is_a_convolution_called_head_and_nothing_comes_after_it(network, kind):
+    """What the pretext relies on when it swaps the head."""
+    torch.manual_seed(0)
+    net, x = network(kind, width=0.25).eval(), torch.rand(1, 1, 64, 32)
+    assert isinstance(net.head, torch.nn.Conv2d)
+    assert list(net.state_dict())[-2:] == ["head.weight", "head.bias"]
+    with torch.inference_mode():
+        before = net.features(x)
+        net.head.weight.zero_()
+        net.head.bias.fill_(3)
+        assert torch.equal(net(x).s_3, torch.full_like(x, 3)) and torch.equal(net.features(x), before)
+
+
+@pytest.mark.parametrize("network, kind", FORMS)
+def test_every_parameter_learns_and_evaluation_is_deterministic(network, kind):
+    torch.manual_seed(0)
+    net, x = network(kind, width=0.25), torch.rand(2, 1, 64, 64)
+    mask = (x > 0.5).float()
+    infnet_loss(net.train()(x), mask).total.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in net.named_parameters())
+    net.eval()
+    with torch.inference_mode():
+        whole, again, alone = net(x).s_3, net(x).s_3, net(x[:1]).s_3
+    assert torch.equal(whole, again)
+    torch.testing.assert_close(whole[:1], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("network, kind", FORMS)
+def test_the_first_logits_are_moderate(network, kind):
+    """Large first logits would start the training in the flat part of the sigmoid."""
+    torch.manual_seed(0)
+    logits = network(kind, width=0.5).train()(torch.rand(2, 1, 96, 96)).s_3
+    assert logits.detach().abs().max() < 20
+
+
+@pytest.mark.parametrize("network, kind", FORMS)
+def test_a_batch_of_one_trains(network, kind):
+    torch.manual_seed(0)
+    net, x = network(kind, width=0.25).train(), torch.rand(1, 1, 64, 64)
+    infnet_loss(net(x), (x > 0.5).float()).total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+@settings(max_examples=20, deadline=None)
+@given(channels=st.integers(2, 9), side=st.integers(1, 12), scale=st.floats(0, 30), seed=st.integers(0, 99))
+def test_gates_lie_between_0_and_1_and_the_block_only_adds(channels, side, scale, seed):
+    torch.manual_seed(seed)
+    block, x = FeatureVariation(channels).eval(), scale * torch.randn(2, channels, side, side)
+    with torch.inference_mode():
+        contrast, position = block.gates(functional.relu(block.enter(x)))
+        assert contrast.shape == (2, channels, 1, 1) and position.shape == x.shape
+        assert all(0 <= gate.min() and gate.max() <= 1 for gate in (contrast, position))
+        assert (block(x) >= x).all()
+
+
+def test_gates_lower_and_never_raise_what_the_fusion_sees():
+    """The fusion reads u, then u times the contrast gate, then u times the position gate."""
+    torch.manual_seed(0)
+    block, x, seen = FeatureVariation(4).eval(), torch.randn(1, 4, 8, 8), []
+    block.fuse.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.inference_mode():
+        block(x)
+    u, contrast, position = seen[0].chunk(3, dim=1)
+    assert (u >= 0).all() and (u > 0).any()
+    for lowered in (contrast, position):
+        assert (lowered <= u).all() and (lowered[u > 0] < u[u > 0]).all() and (lowered[u > 0] > 0).all()
+    ratio = contrast[0, 0][u[0, 0] > 0] / u[0, 0][u[0, 0] > 0]
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))  # one gate for a whole channel
+
+
+@pytest.mark.parametrize("channels", [0, 2, 6, 130])
+def test_the_pyramid_needs_four_equal_parts(channels):
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        ProgressivePyramid(channels)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 40, 64), (1, 2, 64, 64), (64, 64), (0, 1, 64, 64)])
+@pytest.mark.parametrize("network", [UNet, SegNet])
+def test_other_input_is_refused(network, shape):
+    net = network("small", width=0.25)
+    for call in (net, net.features):
+        with pytest.raises(GeometryError):
+            call(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("width", [0, -1, 0.001])
+def test_networks_without_channels_are_refused(width):
+    for network in (UNet, SegNet):
+        with pytest.raises(ConfigError, match="no channels"):
+            network("small", width=width)
+    with pytest.raises(ConfigError, match="no channels"):
+        scale_stages((8,), width / 10)
+
+
+def test_build_network():
+    assert isinstance(build_network("infnet", "small", "scratch"), InfNet)
+    small, classic = (build_network("unet", backbone, "scratch") for backbone in ("small", "res2net50"))
+    assert (small.multiple, classic.multiple) == (32, 16)
+    assert isinstance(build_network("segnet"), SegNet) and build_network("segnet").multiple == 16
+    with torch.device("meta"):
+        assert build_network("segnet", "resnet50").multiple == 8
+    assert MODELS == ("infnet", "unet", "segnet")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_seed_one_network(model):
+    first, second = [], []
+    for states in (first, second):
+        torch.manual_seed(5)
+        states += build_network(model).state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrong, hint",
+    [
+        (("unett", "small", "scratch"), "unet"),
+        (("infnet", "smal", "scratch"), "small"),
+        (("unet", "resnet5", "scratch"), "resnet50"),
+        (("infnet", "small", "scrath"), "scratch"),
+        (("unet", "small", "imagenet"), "unet has no pretrained weights"),
+        (("segnett", "small"), "segnet"),
+        (("segnet", "smal"), "small"),
+        (("segnet", "small", "imagenet"), "segnet has no pretrained weights"),
+    ],
+)
+def test_misspelt_rows_are_refused_with_a_hint(wrong, hint):
+    with pytest.raises(ConfigError, match=hint):
+        build_network(*wrong)
+
+
+def test_a_unet_takes_no_weights_file(tmp_path):
+    with pytest.raises(ConfigError, match="no pretrained weights"):
+        build_network("unet", "small", "scratch", tmp_path / "weights.pth")

@@ -1,0 +1,384 @@
+"""Reports: no name gets out of its cell, nothing missing reads as 0, one slice has no CT-SS, files stand alone."""
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from covidsev.severity.score import reports
+from covidsev.core import ConfigError, GeometryError
+from covidsev.data.scans import Scan
+from covidsev.severity.score import partition_regions, score_scan
+
+EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}{% raw %}&lt;"
+ALLOWED = set("html head meta title style body header main footer section div h1 h2 h3 p strong span ul li figure "
+              "img figcaption table caption thead tbody tr th td dl dt dd a".split())
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and texts of a page; fails where a tag is not closed."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.open = [], [], [], []
+        self.feed(page)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.texts.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def make_scan(shape, kind="volume", unit="HU") -> Scan:
+    values = np.random.default_rng(0).uniform(*((-1000, 100) if unit == "HU" else (0, 255)), shape)
+    return Scan(values.astype(np.float32), kind, unit, "made", "0" * 64, spacing_mm=(1.5, 1.0, 3.0)[: len(shape)])
+
+
+@pytest.fixture(scope="module")
+def lungs() -> np.ndarray:
+    labels = np.zeros((48, 30, 24), np.uint8)
+    labels[27:45, 4:26, 2:22], labels[3:21, 4:26, 2:22] = 1, 2
+    return labels
+
+
+@pytest.fixture(scope="module")
+def cases(lungs) -> dict[str, dict]:
+    """One result of every kind of input, as plain data that went through JSON."""
+    scan, infection = make_scan(lungs.shape), np.zeros_like(lungs)
+    infection[:40, :14, :12] = 1
+    flat, plane, spots = make_scan((30, 48), "slice"), lungs[..., 10].T[::-1, ::-1], infection[..., 10].T[::-1, ::-1]
+    slab, few = np.s_[:, :, 8:14], np.linspace(0.6, 0.4, 6)
+    grey = make_scan(lungs.shape, unit="grey")
+    lobes = np.where(lungs == 1, 1, np.where(lungs == 2, 4, 0))
+    lobes[..., :12][lungs[..., :12] == 1], lobes[..., :12][lungs[..., :12] == 2] = 3, 5
+    lobes[27:45, 15:26, 12:15] = 2
+    found = {
+        "volume": score_scan(scan, infection, lungs), "healthy": score_scan(scan, infection * 0, lungs),
+        "full": score_scan(scan, lungs > 0, lungs), "grey": score_scan(grey, infection, lungs),
+        "one lung": score_scan(scan, infection, np.where(lungs == 1, lungs, 0)),
+        "lobes": score_scan(scan, infection, lungs, lobes=lobes),
+        "cut off": score_scan(make_scan(lungs[slab].shape), infection[slab], lungs[slab]),
+        "slab": score_scan(make_scan(lungs[slab].shape), infection[slab], lungs[slab], z=few),
+        "slice": score_scan(flat, spots, plane, z=0.5), "unknown height": score_scan(flat, spots, plane)}
+    return {name: json.loads(json.dumps({**each.to_dict(), "case_id": name})) for name, each in found.items()}
+
+
+@pytest.fixture(scope="module")
+def png(cases) -> bytes:
+    return reports.png_bytes(reports.region_map(cases["volume"]))
+
+
+KINDS = ("volume", "healthy", "full", "grey", "one lung", "lobes", "cut off", "slab", "slice", "unknown height")
+PARTS = ("one lung", "cut off", "slab", "slice", "unknown height")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_case_has_a_page_that_stands_alone(cases, png, kind):
+    text = reports.case_html(cases[kind], {"overlay": png, "regions": png})
+    page = Page(text)
+    assert set(page.tags) <= ALLOWED
+    loads = [(tag, name, value) for tag, name, value in page.attributes if name in ("src", "href", "srcset", "data")]
+    assert len(loads) == 2 and all(value.startswith("data:image/png;base64,") for _, _, value in loads)
+    assert not re.search(r"https?:|url\(|@import|<script|javascript:", text)
+    assert page.words.count("not a medical device") == 2 and kind in page.words
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dash_has_a_reason_and_nothing_missing_is_zero(cases, kind):
+    case = cases[kind]
+    lines = reports.score_lines(case) + reports.measure_lines(case)
+    assert all((line.value == "–") == bool(line.why) for line in lines)
+    assert "not computed" not in {line.why for line in lines}
+    page = Page(reports.case_html(case, {})).words
+    for reason in reports.missing_lines(case):
+        assert reason in page
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_what_was_not_seen_whole_has_no_ct_ss(cases, kind):
+    case = cases[kind]
+    titles = [card.title for card in reports.answers(case)]
+    page = Page(reports.case_html(case, {}))
+    assert "CT-SS" not in titles and "/ 40" not in page.words
+    values = {line.name: line.value for line in reports.score_lines(case)}
+    assert {values["CT-SS, with the floor"], values["CT-SS, strict"], values["Pan score"]} == {"–"}
+    if case["bounds"]:
+        assert f"would be {case['bounds'][0]} to {case['bounds'][1]}" in page.words
+
+
+def test_a_sum_over_regions_of_lungs_that_are_cut_off_is_not_shown(cases):
+    """All 20 are "seen" there, so that their sum would read as a CT-SS."""
+    case = cases["cut off"]
+    assert case["n_observed"] == 20 and case["partial"] is not None
+    assert [card.answer for card in reports.answers(case)][:2] == ["not decidable", "–"]
+    words = Page(reports.batch_html([row(severe=None, ct_ss=None, low=None, high=None, partial=21)], [])).words
+    assert "21" not in words
+
+
+@pytest.mark.parametrize("kind", ("slice", "unknown height", "slab"))
+def test_a_ct_ss_of_a_part_is_refused(cases, kind):
+    with pytest.raises(ConfigError, match="a CT-SS of a part of the lungs"):
+        reports.case_html(cases[kind] | {"ct_ss": 7}, {})
+
+
+def test_both_totals_and_the_share_are_at_the_top(cases):
+    for kind in ("volume", "healthy", "full", "grey", "lobes"):
+        case = cases[kind]
+        severe, score, share = reports.answers(case)
+        assert score.answer == f"{case['ct_ss']} / 40" and f"{case['ct_ss_strict']} / 40" in score.note
+        assert severe.answer == ("yes" if case["ct_ss"] > 19.5 else "no")
+        assert share.answer == reports.share_text(case["po"])
+
+
+def test_a_strict_score_that_disagrees_is_said(lungs):
+    """One stray voxel in each region makes the strict score severe, and the other one 0."""
+    ids, stray = partition_regions(lungs), np.zeros_like(lungs)
+    stray.ravel()[[np.flatnonzero(ids.ravel() == number)[0] for number in range(1, 21)]] = 1
+    case = score_scan(make_scan(lungs.shape), stray, lungs).to_dict()
+    severe, score, share = reports.answers(case)
+    assert (score.answer, severe.answer) == ("0 / 40", "no")
+    assert "the strict score says severe" in severe.note and "20 / 40" in score.note
+    assert share.answer != "0.0 %"
+
+
+def test_a_method_of_regions_is_called_an_approximation_unless_lobes_were_given(cases):
+    for kind in KINDS:
+        said = "Geometric approximation" in Page(reports.case_html(cases[kind], {})).words
+        assert said == (cases[kind]["method"] in ("geometric", "slab", "slice")), kind
+
+
+def texts_replaced(value, text):
+    """Every string below `value` replaced, but for what steers the page."""
+    if isinstance(value, dict):
+        return {name: each if name in ("schema", "method") else texts_replaced(each, text) for name, each in value.items()}
+    if isinstance(value, list):
+        return [texts_replaced(each, text) for each in value]
+    return text if isinstance(value, str) else value
+
+
+@settings(max_examples=15)
+@given(st.one_of(st.just(EVIL), st.text(min_size=1, max_size=30),
+                 st.text("<>&\"'/=;\0\r\n\t-!", min_size=1, max_size=12)))
+def test_no_text_changes_the_tags_of_a_page(cases, text):
+    case = cases["one lung"] | {"lungs": {"method": "m"}, "model": {"sha256": "s"}, "files": {"f": "h"}}
+    plain, hostile = (reports.case_html(texts_replaced(case, each) | {"files": {each: each}}, {}) for each in ("x", text))
+    assert Page(hostile).tags == Page(plain).tags
+    values = [value for _, _, value in Page(hostile).attributes]
+    assert values == [value for _, _, value in Page(plain).attributes]
+
+
+def test_hostile_names_are_shown_to_the_letter(cases, png):
+    case = cases["volume"] | {"case_id": EVIL, "warnings": [EVIL], "model": {EVIL: EVIL}}
+    page = Page(reports.case_html(case, {EVIL: png}))
+    assert set(page.tags) <= ALLOWED and not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert [text for text in page.texts if text.strip() == EVIL] and "49" not in EVIL
+    assert page.texts.count(EVIL) >= 5
+    assert EVIL in [value for _, name, value in page.attributes if name == "alt"]
+
+
+def test_warnings_come_before_the_answers(cases):
+    page = reports.case_html(cases["one lung"], {})
+    assert 0 < page.index("single_lung") < page.index("not decidable") < page.index('id="scores"')
+
+
+def test_pages_are_accessible(cases, png):
+    for text in (reports.case_html(cases["volume"], {"overlay": png}), reports.batch_html([], [])):
+        page = Page(text)
+        assert ("html", "lang", "en") in page.attributes
+        assert page.tags.count("h1") == page.tags.count("main") == page.tags.count("title") == 1
+        assert page.tags.count("caption") == page.tags.count("table")
+        scopes = [value for tag, name, value in page.attributes if (tag, name) == ("th", "scope")]
+        assert len(scopes) == page.tags.count("th") and set(scopes) <= {"row", "col"}
+        identifiers = [value for _, name, value in page.attributes if name == "id"]
+        assert len(identifiers) == len(set(identifiers))
+        assert {value for _, name, value in page.attributes if name == "aria-labelledby"} <= set(identifiers)
+        assert ("meta", "content", "width=device-width, initial-scale=1") in page.attributes
+        assert "@media print" in text
+
+
+def luminance(colour: str) -> float:
+    levels = [int(colour[k:k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in levels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_numbers_on_coloured_regions_can_be_read(cases):
+    """The WCAG ratio for small text is 4.5."""
+    fig = reports.region_map(cases["full"])
+    assert {text.get_color() for text in fig.axes[0].texts if "→ 2" in text.get_text()} == {"#FFFFFF"}
+    for score, colour in reports.SCORE_COLOURS.items():
+        text, back = luminance("#FFFFFF" if score == 2 else "#111111"), luminance(colour)
+        assert (max(text, back) + 0.05) / (min(text, back) + 0.05) > 4.5
+
+
+def test_bad_results_and_pictures_are_refused(cases):
+    with pytest.raises(ConfigError, match="not a severity result"):
+        reports.case_html({}, {})
+    with pytest.raises(ConfigError, match="no PNG"):
+        reports.case_html(cases["volume"], {"overlay": b"<svg onload=alert(1)>"})
+
+
+def test_a_page_is_the_same_every_time(cases, png):
+    assert reports.case_html(cases["volume"], {"regions": png}) == reports.case_html(cases["volume"], {"regions": png})
+    assert png == reports.png_bytes(reports.region_map(cases["volume"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_diagram_hatches_what_was_not_seen_and_only_that(cases, kind):
+    case = cases[kind]
+    parts = case["sectors"] or case["regions"]
+    patches = [patch for patch in reports.region_map(case).axes[0].patches if type(patch).__name__ == "Rectangle"]
+    assert len(patches) == len(parts)
+    for part, patch in zip(parts, patches):
+        assert bool(patch.get_hatch()) == (part["score"] is None)
+
+
+def test_the_right_lung_is_at_the_left_of_the_diagram(cases):
+    places = {text.get_text().split()[0]: text.get_position()[0] for text in reports.region_map(cases["volume"]).axes[0].texts}
+    assert max(places[str(k)] for k in range(1, 11)) < min(places[str(k)] for k in range(11, 21))
+    assert places["4"] < places["5"] and places["9"] < places["7"] and places["17"] < places["19"]  # lateral is outside
+
+
+def test_overlay_of_any_scan(lungs):
+    infection = (lungs > 0).astype(np.uint8)
+    for scan, mask, lung in ((make_scan(lungs.shape), infection, lungs), (make_scan(lungs.shape, unit="grey"), infection, lungs),
+                             (make_scan((30, 48), "slice"), infection[..., 9].T, lungs[..., 9].T)):
+        assert reports.png_bytes(reports.overlay_figure(scan, mask, lung)).startswith(b"\x89PNG")
+        assert reports.png_bytes(reports.overlay_figure(scan, mask * 0, lung * 0)).startswith(b"\x89PNG")
+
+
+def test_overlay_cannot_hide_infection_outside_the_lungs(lungs):
+    """The picture is cut to lungs and infection: a false lesion in a corner stays in it."""
+    infection = np.zeros_like(lungs)
+    infection[0, 0, 10] = 1
+    sizes = [reports.overlay_figure(make_scan(lungs.shape), mask, lungs).axes[0].images[0].get_array().shape
+             for mask in (infection * 0, infection)]
+    assert sizes[1][0] > sizes[0][0]
+
+
+def test_overlay_legend_names_two_classes_only_where_there_are_two(lungs):
+    infection = (lungs > 0).astype(np.uint8)
+    def names(labels):
+        legend = reports.overlay_figure(make_scan(lungs.shape), labels, lungs).legends[0]
+        return {text.get_text() for text in legend.get_texts()}
+    assert names(infection) == {"infection", "lungs"}
+    assert names(infection * 2) == {"ground-glass opacity", "consolidation", "lungs"}
+
+
+def test_overlay_refuses_another_grid(lungs):
+    scan = make_scan(lungs.shape)
+    for masks in ((lungs[1:], lungs), (lungs, lungs[..., 1:]), (lungs, lungs, lungs[:, 1:])):
+        with pytest.raises(GeometryError, match="must have one shape"):
+            reports.overlay_figure(scan, *masks)
+
+
+def test_the_view_from_the_front_has_the_scores(lungs, cases):
+    infection = np.zeros_like(lungs)
+    infection[:40, :14, :12] = 1
+    fig = reports.overlay_figure(make_scan(lungs.shape), infection, lungs, partition_regions(lungs))
+    front = next(ax for ax in fig.axes if "from the front" in ax.get_title()).images[0].get_array()
+    assert set(np.unique(front)) - {0} <= {region["score"] + 1 for region in cases["volume"]["regions"]}
+    assert int(front.max()) == 1 + max(region["score"] for region in cases["volume"]["regions"])
+
+
+def row(**values) -> dict:
+    plain = {"case_id": "a", "ct_ss": 1, "ct_ss_strict": 1, "severe": False, "low": 1, "high": 1, "po": 0.1, "po_right": 0.1,
+             "po_left": None, "pan25": None, "mosmed_class": None, "partial": 1, "partial_max": 40, "slice_extent_score": None,
+             "warnings": "", "method": "geometric"}
+    return plain | values
+
+
+def links_of(text: str) -> list[str]:
+    return [value for tag, name, value in Page(text).attributes if (tag, name) == ("a", "href")]
+
+
+def test_batch_is_sorted_by_severity():
+    rows = [row(case_id="mild"), row(case_id="part", severe=None, ct_ss=None, low=3), row(case_id="worst", severe=True, ct_ss=39),
+            row(case_id="bad", severe=True, ct_ss=20), row(case_id="mild2", po=0.2)]
+    assert [link.split("/")[1] for link in links_of(reports.batch_html(rows, []))] == ["worst", "bad", "part", "mild2", "mild"]
+
+
+def test_batch_puts_failures_first_with_their_remedy():
+    message = str(ConfigError("cannot be read", file="x", fix="fetch it again"))
+    text = reports.batch_html([row()], [{"case": EVIL, "error": "ReadError", "message": message}])
+    page = Page(text)
+    assert set(page.tags) <= ALLOWED and EVIL in page.texts
+    assert page.words.index("fetch it again") < page.words.index("Not severe") and "do: fetch" not in page.words
+    assert "No case has a result." in Page(reports.batch_html([], [])).words
+
+
+@given(st.text(min_size=1, max_size=20).filter(lambda name: name not in (".", "..")))
+def test_batch_links_stay_in_the_folder(name):
+    (link,) = links_of(reports.batch_html([row(case_id=name)], []))
+    start, folder, page = link.split("/")
+    assert (start, page) == (".", "report.html") and folder and not re.search(r"[\s:?#\\<>\"']", folder)
+
+
+def test_batch_takes_the_rows_of_real_results(lungs):
+    infection = (lungs > 0).astype(np.uint8)
+    flat = make_scan((30, 48), "slice")
+    plane = lungs[..., 10].T[::-1, ::-1]
+    results = [score_scan(make_scan(lungs.shape), infection, lungs, case_id="full"),
+               score_scan(flat, plane > 0, plane, case_id="flat")]
+    words = Page(reports.batch_html([each.row() for each in results], [])).words
+    assert "40 / 40 (strict 40)" in words and "slice extent score 16 / 16" in words
+
+
+@given(st.one_of(st.none(), st.floats(0, 1)))
+def test_shares_never_read_as_something_else(share):
+    text = reports.share_text(share)
+    if share is None:
+        return test_missing(text)
+    value = float(text.strip("< %"))
+    assert (text == "0.0 %") == (share == 0) and (text == "100.0 %") == (share == 1)
+    assert share < 0.5 if text.startswith("<") and value == 50 else True
+    assert (value >= 50 and not text.startswith("<")) == (share >= 0.5)
+    assert abs(value - 100 * share) <= 0.1
+
+
+def test_missing(text=None):
+    assert (reports.share_text(None) if text is None else text) == reports.number_text(None) == "–"
+
+
+CELLS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=20),
+                  st.text("=+-@\t\r\n\"',;|", max_size=6))
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(["a", "b", "=c"]), CELLS, min_size=1), min_size=1, max_size=4))
+def test_csv_reads_back_and_no_text_is_a_formula(rows):
+    lines = list(csv.reader(io.StringIO(reports.csv_text(rows), newline="")))
+    assert len(lines) == len(rows) + 1 and len({len(line) for line in lines}) == 1
+    columns = list(dict.fromkeys(name for each in rows for name in each))
+    assert lines[0] == ["'=c" if name == "=c" else name for name in columns]
+    for each, line in zip(rows, lines[1:]):
+        for name, cell in zip(columns, line):
+            value = each.get(name)
+            if isinstance(value, (int, float)):
+                assert cell == repr(value)
+            else:
+                text = (value or "").replace("\r\n", "\n").replace("\r", "\n")
+                assert cell in (text, "'" + text) and not cell.startswith(tuple("=+-@\t\r\n"))
+
+
+def test_csv_keeps_numpy_numbers_and_nested_values():
+    text = reports.csv_text([{"a": np.float64(-0.1), "b": np.int64(-3), "c": [1, 2], "d": True}])
+    assert list(csv.reader(io.StringIO(text)))[1] == ["-0.1", "-3", "[1, 2]", "True"]
