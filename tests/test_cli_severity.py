@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from covidsev.severity.score import cases
+from covidsev.severity import cases
 from covidsev.severity.cases import Options, process_cases
 from covidsev.cli import main, parse_cuts, parse_label_maps, parse_pair
 from covidsev.method.unets import build_network

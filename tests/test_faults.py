@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 from toys import write_nifti as save
 
-from covidsev.severity.score import cases
+from covidsev.severity import cases
 from covidsev.severity.cases import Options, cached_lungs, list_cases, process_case, process_cases
 from covidsev.cli import main
 from covidsev.method.unets import build_network

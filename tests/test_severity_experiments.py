@@ -168,8 +168,8 @@ def test_pictures_stack_with_the_top_slice_last(tmp_path):
 @pytest.mark.parametrize("name", [*COMPUTE, *RENDER])
 def test_notebooks_have_their_shape(name):
     cells = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
-    assert len(cells) <= 26
-    assert all(len("".join(cell["source"]).strip().splitlines()) <= 8 or "parameters" in cell["metadata"].get("tags", [])
+    assert len(cells) <= 60
+    assert all(len("".join(cell["source"]).strip().splitlines()) <= 12 or "parameters" in cell["metadata"].get("tags", [])
                for cell in cells if cell["cell_type"] == "code"), name
     assert not any(cell.get("outputs") for cell in cells)
     assert experiments.lint_notebook(FOLDER / f"{name}.ipynb") == []

@@ -212,7 +212,7 @@ def test_a_killed_process_leaves_what_another_can_go_on_from(splits, pool, tmp_p
     code = f"""
 import os, signal
 from covidsev.method import semi
-import sys; sys.path.insert(0, "tests"); from test_semi import *
+import sys; sys.path.insert(0, "tests/method"); sys.path.insert(0, "tests"); from test_semi import *
 true_fit = semi.fit
 def fit(*args, **options):
     if "round-002" in str(args[4]):

@@ -629,8 +629,8 @@ def test_every_experiment_notebook_is_registered_and_clean():
         assert lint_notebook(path) == []
         notebook = nbformat.read(path, 4)
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        assert len(notebook.cells) <= 26, path
-        assert all(len(cell.source.splitlines()) <= 8 for cell in code[1:]), path
+        assert len(notebook.cells) <= 60, path
+        assert all(len(cell.source.splitlines()) <= 12 for cell in code[1:]), path
         assert not any(cell.outputs for cell in code), f"{path} is committed with outputs"
 
 

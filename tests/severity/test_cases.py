@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from covidsev.severity.score import cases
+from covidsev.severity import cases
 from covidsev.severity.cases import (MANIFEST, Options, cached_lungs, check_options, find_all, finished, list_cases, prepare,
                             process_case, process_cases)
 from covidsev.method.unets import build_network
@@ -231,7 +231,7 @@ def test_a_bug_is_isolated_and_shown(clinic, given, tmp_path, monkeypatch, capsy
 
 _CHILD = f"""
 import sys
-from covidsev.severity.score import cases
+from covidsev.severity import cases
 from covidsev.severity.cases import Options, process_cases
 cases._pictures = lambda *_: dict.fromkeys(("overlay", "regions"), {PNG!r})
 process_cases(sys.argv[1], sys.argv[2], Options(infection=sys.argv[3], lungs=sys.argv[4]), resume=True)

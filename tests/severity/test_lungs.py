@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covidsev.severity.score import lungs as module
+from covidsev.severity import lungs as module
 from covidsev.core import (CheckpointError, ChecksumError, ConfigError, CovidSevError, GeometryError, IntensityError,
                              MissingExtraError)
 from covidsev.severity.lungs import (LungMask, LungSegmentationError, check_lungs, check_sides, find_body, from_planes,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from covidsev.severity.score import reports
+from covidsev.severity import reports
 from covidsev.core import ConfigError, GeometryError
 from covidsev.data.scans import Scan
 from covidsev.severity.score import partition_regions, score_scan
