@@ -70,7 +70,7 @@ def _installation() -> dict[str, Any]:
     """Version, environment, commit, data folder and profiles, without loading torch."""
     import tomllib
 
-    from covidsev.provenance import environment, git_commit
+    from covidsev.core import environment, git_commit
 
     registry = repo_root() / "nbs" / "experiments" / "experiments.toml"
     profiles = tomllib.loads(registry.read_text(encoding="utf-8"))["profiles"]
@@ -391,7 +391,7 @@ def export(run: str, out: str, checkpoint: str | None, onnx: bool) -> None:
     """Write the network of RUN (a folder like results/smoke/train_single/unet-seed0) as safetensors, with a
     model card."""
     from covidsev.method.export import card_path, export_run, import_onnx, load_model, save_onnx
-    from covidsev.provenance import sha256_file
+    from covidsev.core import sha256_file
 
     if onnx:
         import_onnx()  # a missing package is said before anything is written

@@ -7,7 +7,9 @@ __all__ = ['CLASSES', 'GGO', 'CONSOLIDATION', 'MAX_IMAGE_PIXELS', 'MAX_VOLUME_SH
            'MAX_ARCHIVE_RATIO', 'CovidSevError', 'ReadError', 'GeometryError', 'MaskError', 'IntensityError',
            'ConfigError', 'DataMissingError', 'RunLockedError', 'CheckpointError', 'NonFiniteError', 'ChecksumError',
            'ArchiveError', 'LeakageError', 'NotebookError', 'MissingExtraError', 'suggest', 'check_choice', 'repo_root',
-           'data_root', 'is_quiet', 'progress', 'resolve_device', 'set_threads', 'seed_everything']
+           'data_root', 'is_quiet', 'progress', 'resolve_device', 'set_threads', 'seed_everything', 'sha256_bytes',
+           'sha256_file', 'as_json', 'sha256_json', 'atomic_write', 'write_bytes', 'write_text', 'write_json',
+           'read_json', 'write_csv', 'environment', 'git_commit', 'run_lock']
 
 # %% ../nbs/00_core.ipynb #cell-002
 import difflib
@@ -22,6 +24,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for readers and editors only: at run time these are imported inside the functions
     import torch
     from tqdm import tqdm
+import ast
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import re
+import secrets
+import socket
+import subprocess
+import symtable
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+if TYPE_CHECKING:
+    import pandas
 
 # %% ../nbs/00_core.ipynb #cell-005
 CLASSES = {"background": 0, "ground-glass opacity": 1, "consolidation": 2}
@@ -245,3 +267,219 @@ def seed_everything(seed: int, *, threads: int | None = None) -> "torch.Generato
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.backends.cudnn.benchmark = False
     return torch.Generator().manual_seed(seed)
+
+# %% ../nbs/00_core.ipynb #file-002
+def sha256_bytes(data: bytes) -> str:
+    """The SHA-256 of `data`, as 64 hexadecimal characters."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    """The SHA-256 of a file's content, read piece by piece; OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+# %% ../nbs/00_core.ipynb #file-006
+def as_json(value: Any) -> Any:
+    """`value` as JSON can hold it: dict, list, str, int, float, bool or None."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((as_json(item) for item in value), key=repr)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return as_json(dataclasses.asdict(value))
+    if isinstance(value, os.PathLike):
+        return Path(value).as_posix()
+    if hasattr(value, "tolist"):  # a numpy scalar or array, or a torch tensor: all without importing either
+        return as_json(value.tolist())
+    raise TypeError(f"cannot write {type(value).__name__} as JSON: {value!r}")
+
+
+def sha256_json(value: Any) -> str:
+    """The SHA-256 of `value` in canonical JSON: the same for any order of keys, for numpy or plain."""
+    text = json.dumps(as_json(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return sha256_bytes(text.encode())
+
+# %% ../nbs/00_core.ipynb #file-012
+def _sync_folder(folder: Path) -> None:
+    """Puts the folder's own entries (a rename, say) on the disk, where the file system can."""
+    with suppress(OSError):  # some network file systems refuse; the file itself is safe by then
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _write_then_rename(file: IO, temporary: Path, path: Path) -> None:
+    """Flushes `file` to the disk and gives it its final name."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _named_error(error: OSError, path: Path, temporary: Path) -> OSError:
+    """The same error, naming the file that the user asked for and not our temporary one."""
+    ours = error.filename is None or str(error.filename) == str(temporary)
+    return OSError(error.errno, error.strerror or str(error), str(path)) if ours else error
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """A file object whose content appears at `path` whole, at the end, or not at all.
+
+    `mode` is "wb" or "w" (UTF-8, line ends as written). Folders are made. On any error the old file is intact
+    and the temporary one is gone; an OSError names `path`."""
+    path = Path(os.path.realpath(path))  # a link stays a link: what it points at is replaced
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file, so it is not replaced", str(path))
+    temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(6)}.tmp"
+    file = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(temporary, "xb") if mode == "wb" else open(temporary, "x", encoding="utf-8", newline="")
+        yield file
+        _write_then_rename(file, temporary, path)
+    except OSError as error:
+        named = _named_error(error, path, temporary)
+        raise named from (None if named is error else error)
+    finally:
+        with suppress(OSError):  # closing flushes once more, and fails once more on a full disk
+            if file is not None:
+                file.close()
+        temporary.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #file-016
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes `data` to `path` atomically."""
+    with atomic_write(path, "wb") as file:
+        file.write(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` to `path` atomically, in UTF-8, line ends as they are."""
+    with atomic_write(path, "w") as file:
+        file.write(text)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes `value` to `path` atomically as sorted JSON; numpy is cast, NaN and infinity become null."""
+    text = json.dumps(as_json(value), sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
+    write_text(path, text + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; ConfigError if it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        fix = "delete it and run again"
+        raise ConfigError("not a JSON file", file=path, found=str(error), fix=fix) from error
+
+
+def write_csv(path: str | Path, frame: "pandas.DataFrame") -> None:
+    """Writes a table to `path` atomically, without its index; each float with the digits that identify it."""
+    import pandas
+
+    write_text(path, pandas.DataFrame(frame).to_csv(index=False, lineterminator="\n"))
+
+# %% ../nbs/00_core.ipynb #file-021
+def _required_packages() -> list[str]:
+    """The names of the packages that this library requires, without those of the extras."""
+    try:
+        lines = importlib.metadata.requires("covidsev") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    names = [re.match(r"[\w.-]+", line).group() for line in lines if "extra ==" not in line]
+    return sorted(names, key=str.lower)
+
+
+def _installed_version(name: str) -> str | None:
+    """The version of a package, or None where it is not installed."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
+
+
+def _loaded_device() -> tuple[int | None, str | None]:
+    """Threads and device name as torch sees them, if torch is loaded: asking must not load it."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        return int(asked) if asked.isdigit() else None, None
+    return torch.get_num_threads(), torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+
+
+def environment() -> dict[str, Any]:
+    """What results are computed with: python, platform, threads, device, versions of the required packages.
+
+    Holds no host name, user name or path, so that equal runs on equal software write equal files."""
+    threads, device = _loaded_device()
+    return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
+            "threads": threads, "device": device,
+            "packages": {name: _installed_version(name) for name in _required_packages()}}
+
+# %% ../nbs/00_core.ipynb #file-025
+def _git(root: Path, *arguments: str) -> str | None:
+    """What a git command prints, or None where it fails or git is missing."""
+    # inside a git hook these name another repository; and asking for the status must not write to the index
+    away = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"}
+    environ = {key: value for key, value in os.environ.items() if key not in away}
+    environ["GIT_OPTIONAL_LOCKS"] = "0"
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True,
+                              text=True, timeout=20, env=environ).stdout.strip()
+    return None
+
+
+def git_commit(root: str | Path | None = None) -> str | None:
+    """The short commit hash, with "-dirty" if tracked files outside results/ and figures/ have changed.
+
+    None outside a repository, before the first commit, or without git."""
+    try:
+        root = Path(root) if root else repo_root()
+    except ConfigError:
+        return None
+    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    code = ["--", ".", ":(exclude)results", ":(exclude)figures"]
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", *code)
+    return commit and (f"{commit}-dirty" if changed else commit)
+
+# %% ../nbs/00_core.ipynb #file-028
+def _holder(file: IO) -> str:
+    """Who holds the lock, as the file says."""
+    file.seek(0)
+    with suppress(ValueError, KeyError, TypeError):
+        holder = json.loads(file.read())
+        return f"process {holder['pid']} on {holder['host']}"
+    return "another process"
+
+
+@contextmanager
+def run_lock(folder: str | Path) -> Iterator[None]:
+    """Holds the only right to write in `folder`; `RunLockedError` with process and host if another holds it.
+
+    The lock of a killed process is free at once. The folder is made if it is not there."""
+    import fcntl
+
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunLockedError("another run is writing here", file=folder, found=_holder(file),
+                                 fix="wait for it, stop it, or choose another folder") from None
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        file.flush()
+        yield
+        file.truncate(0)  # the file stays: removing it would let two later runs lock two different files

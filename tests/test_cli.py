@@ -14,7 +14,7 @@ from PIL import Image
 
 from covidsev.cli import main, run_cleanly
 from covidsev.core import CheckpointError, ConfigError, NonFiniteError, RunLockedError
-from covidsev.provenance import run_lock
+from covidsev.core import run_lock
 
 COMMAND = [sys.executable, "-c", "from covidsev.cli import main; main()"]
 TINY = ["--set", "epochs=1", "--set", "size=32", "--set", "n_train=4", "--set", "n_test=2", "--set", "val_slices=2",

@@ -19,7 +19,7 @@ from covidsev.method.unets import build_network
 from covidsev.core import ConfigError
 from covidsev.method.export import ModelInfo, save_model
 from covidsev.data.phantom import phantom_volume
-from covidsev.provenance import run_lock
+from covidsev.core import run_lock
 
 
 def call(*arguments):

@@ -21,7 +21,7 @@ from covidsev.core import ConfigError, GeometryError, MaskError
 from covidsev.method.export import ModelInfo, save_model
 from covidsev.severity.lungs import segment_lungs
 from covidsev.data.phantom import phantom_volume
-from covidsev.provenance import sha256_file
+from covidsev.core import sha256_file
 from covidsev.data.scans import read_scan
 
 

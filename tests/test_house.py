@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from covidsev.provenance import imports_of, read_module
+from covidsev.paper.keys import imports_of, read_module
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))

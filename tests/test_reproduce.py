@@ -10,7 +10,7 @@ import pytest
 from covidsev.paper import experiments
 from covidsev.core import repo_root
 from covidsev.paper.experiments import Places, check_manifest, load_registry
-from covidsev.provenance import read_json
+from covidsev.core import read_json
 
 TINY = {"epochs": 2, "size": 32, "n_train": 4, "n_test": 4, "val_slices": 2, "warmup_epochs": 0}
 FILES = ("metrics.csv", "per_image.csv", "history.csv")

@@ -16,7 +16,7 @@ from covidsev.paper import severity_figures as sf
 from covidsev.paper import validation as va
 from covidsev.core import LeakageError, repo_root
 from covidsev.method.metrics import dsc
-from covidsev.provenance import write_text
+from covidsev.core import write_text
 from covidsev.severity.score import MIN_FRACTIONS
 
 FOLDER = repo_root() / "nbs" / "experiments"

@@ -19,7 +19,7 @@ from covidsev import provenance
 from covidsev.method import training
 from covidsev.core import CheckpointError, ConfigError, NonFiniteError, RunLockedError
 from covidsev.method.losses import SideOutputs
-from covidsev.provenance import run_lock, sha256_file
+from covidsev.core import run_lock, sha256_file
 from covidsev.method.training import (
     TrainConfig,
     fit,

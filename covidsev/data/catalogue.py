@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ..core import (MAX_ARCHIVE_BYTES, MAX_ARCHIVE_RATIO, ArchiveError, ChecksumError, ConfigError,
                              CovidSevError, DataMissingError, progress, suggest)
-from ..provenance import run_lock, sha256_file, write_json
+from ..core import run_lock, sha256_file, write_json
 
 # %% ../../nbs/1_data/02_catalogue.ipynb #cell-006
 class FolderDigest(NamedTuple):

@@ -39,7 +39,7 @@ from ..core import (CONSOLIDATION, GGO, MAX_IMAGE_PIXELS, ConfigError, CovidSevE
                              IntensityError, LeakageError, MaskError, ReadError, check_choice, data_root,
                              progress)
 from .phantom import phantom_patients, to_uint8
-from ..provenance import read_json, write_bytes, write_json
+from ..core import read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
     import pandas

@@ -30,7 +30,7 @@ from ..core import (MAX_DECODED_BYTES, MAX_IMAGE_PIXELS, MAX_VOLUME_SHAPE, Confi
                              IntensityError, MaskError, MissingExtraError, ReadError, check_choice)
 from .datasets import (MIN_SIDE, _by_stem, _decode_mask, _file_bytes, _looks_like, _raw_values,
                                _read_header, _unmatched, list_pictures, natural_key, read_image)
-from ..provenance import atomic_write, sha256_bytes, sha256_file
+from ..core import atomic_write, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from pydicom import Dataset

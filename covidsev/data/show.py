@@ -25,7 +25,7 @@ from matplotlib.patches import Patch
 
 from ..core import GeometryError
 from .datasets import for_display
-from ..provenance import write_bytes
+from ..core import write_bytes
 
 # %% ../../nbs/1_data/06_show.ipynb #cell-006
 PALETTE = {"ground-glass opacity": "#56B4E9", "consolidation": "#D55E00", "edge": "#F0E442"}

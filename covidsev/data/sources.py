@@ -77,7 +77,7 @@ from covidsev.data.datasets import (
     scan_group,
     scan_of_name,
 )
-from ..provenance import read_json, run_lock, sha256_file, write_json
+from ..core import read_json, run_lock, sha256_file, write_json
 from covidsev.data.scans import (
     Grid,
     Rules,

@@ -40,7 +40,7 @@ from ..data.datasets import load_phantom, mask_edge, to_tensors
 from .inference import fold_batch_norm, iterate_logits
 from .losses import SideOutputs
 from .metrics import to_levels, toolbox_image, toolbox_thresholds
-from ..provenance import write_csv
+from ..core import write_csv
 from .training import Batch, TrainConfig, make_optimiser, train_step
 
 # %% ../../nbs/2_method/13_benchmark.ipynb #cell-006

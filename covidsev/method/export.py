@@ -34,7 +34,7 @@ from ..core import (CheckpointError, ConfigError, CovidSevError, MissingExtraErr
 from .infnet import count_parameters
 from .multiclass import MultiClassUNet
 from ..data.phantom import demo_slice, to_uint8
-from ..provenance import read_json, sha256_bytes, sha256_file, sha256_json, write_bytes, write_text
+from ..core import read_json, sha256_bytes, sha256_file, sha256_json, write_bytes, write_text
 from .training import load_checkpoint, load_weights, weights_hash
 
 # %% ../../nbs/2_method/11_export.ipynb #cell-007

@@ -16,7 +16,7 @@ from torch.nn import functional
 from ..core import (CheckpointError, ChecksumError, ConfigError, DataMissingError, GeometryError,
                              check_choice)
 from .losses import SideOutputs
-from ..provenance import sha256_file
+from ..core import sha256_file
 
 # %% auto #0
 __all__ = ['BACKBONES', 'IMAGENET_WEIGHTS', 'PUBLISHED_NAMES', 'PUBLISHED_UNUSED', 'ConvBN', 'resize_map', 'Pyramid',

@@ -26,7 +26,7 @@ from scipy.stats import wilcoxon
 
 from ..core import ConfigError, GeometryError, IntensityError, MaskError, check_choice
 from ..data.datasets import list_pictures, natural_key, read_map, read_mask
-from ..provenance import write_csv
+from ..core import write_csv
 
 if TYPE_CHECKING:  # for readers and editors: pandas is imported where a table is made
     import pandas as pd

@@ -23,7 +23,7 @@ from ..core import (ConfigError, DataMissingError, LeakageError, NonFiniteError,
 from ..data.datasets import (SliceSet, load_unlabelled, phantom_pseudo_labels, pool_tensors,
                                pseudo_label_tensors, to_tensors)
 from .infnet import count_parameters
-from ..provenance import environment, git_commit, run_lock, write_csv, write_json
+from ..core import environment, git_commit, run_lock, write_csv, write_json
 from .training import (FitResult, TrainConfig, data_hash, fit, load_checkpoint, load_weights,
                                save_checkpoint, weights_hash)
 

@@ -46,7 +46,7 @@ from covidsev.core import (
 from ..data.datasets import mask_edge
 from .losses import LossParts, SideOutputs, infnet_loss, test_loss_mean, test_loss_sum
 from .multiclass import MultiClassLoss, classes_of, multiclass_loss
-from ..provenance import atomic_write, run_lock, sha256_bytes, write_text
+from ..core import atomic_write, run_lock, sha256_bytes, write_text
 
 # %% ../../nbs/2_method/08_training.ipynb #cell-005
 _CHOICES = {

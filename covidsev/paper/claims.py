@@ -25,7 +25,7 @@ import pandas as pd
 from . import tables
 from ..core import ConfigError, check_choice, repo_root
 from .experiments import Registry, check_keys, full_parameters, load_registry
-from ..provenance import read_json, write_text
+from ..core import read_json, write_text
 
 # %% ../../nbs/4_paper/07_claims.ipynb #cell-008
 PASS, FAIL, NOT_TESTED = "PASS", "FAIL", "NOT TESTED"

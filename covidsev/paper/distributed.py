@@ -26,7 +26,7 @@ from ..core import ConfigError, CovidSevError, NonFiniteError, progress, resolve
 from ..data.datasets import Splits, to_tensors
 from .experiments import lone_settings, parse_settings
 from ..method.multiclass import weight_map
-from ..provenance import run_lock, write_bytes
+from ..core import run_lock, write_bytes
 from .runs import (Scores, TrainedRun, assert_no_leak, build_started, evaluate, fill_epoch, folder_of,
                            load_run_data, save_run, train_config)
 from ..method.training import (SINGLE, Batch, FitResult, LossParts, MultiParts, StopSignals, Task, Tensors,

@@ -40,8 +40,9 @@ from typing import Any
 from .. import core as config
 from ..core import (ConfigError, CovidSevError, DataMissingError, NotebookError, check_choice,
                              data_root, is_quiet, repo_root, resolve_device, suggest)
-from ..provenance import (cache_key, read_json, run_lock, sha256_bytes, sha256_file, sha256_json,
-                                 source_key, why_stale, write_bytes, write_json)
+from ..core import (read_json, run_lock, sha256_bytes,
+    sha256_file, sha256_json, write_bytes, write_json)
+from .keys import cache_key, source_key, why_stale
 
 # %% ../../nbs/4_paper/06_experiments.ipynb #cell-008
 @dataclass(frozen=True)

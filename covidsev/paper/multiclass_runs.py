@@ -36,7 +36,7 @@ from ..method.metrics import dsc, per_image, pooled_dice, summarise, toolbox
 from ..method.multiclass import (MultiClassLoss, MultiClassUNet, Priors, balanced_weights, check_priors,
                                  class_dice, class_table, classes_of, fold_assignments, out_of_fold_priors,
                                  predict_logits, predicted_priors, prior_tensor, training_priors)
-from ..provenance import sha256_bytes, write_bytes, write_csv, write_json
+from ..core import sha256_bytes, write_bytes, write_csv, write_json
 from .runs import (START_FILE, Scores, TrainedRun, assert_no_leak, build_started, checkpoint_of,
                            folder_of, identity, known_shared, load_run_data, run_of, run_record, start_from,
                            to_8bit, train_config)

@@ -27,7 +27,7 @@ import yaml
 from ..core import ConfigError, CovidSevError, NotebookError, check_choice, repo_root, suggest
 from .experiments import (Places, Registry, Run, code_cells, find_experiment, load_registry,
                                   needs_of, notebook_parameters, parse_need, produced, resolve, tolerance_of)
-from ..provenance import read_json, sha256_file, write_text
+from ..core import read_json, sha256_file, write_text
 
 # %% ../../nbs/4_paper/08_runner.ipynb #cell-007
 @dataclass(frozen=True)

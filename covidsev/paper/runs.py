@@ -29,7 +29,7 @@ from ..data.datasets import (KNOWN_SHARED_GROUPS, SliceSet, Splits, check_disjoi
 from ..method.inference import predict_slices
 from ..method.infnet import check_fits, count_parameters
 from ..method.metrics import best_threshold, per_image, pooled_dice, summarise, toolbox
-from ..provenance import environment, git_commit, read_json, write_csv, write_json
+from ..core import environment, git_commit, read_json, write_csv, write_json
 from ..method.training import FitResult, TrainConfig, evaluate_loss, fit, load_checkpoint
 
 # %% ../../nbs/4_paper/01_runs.ipynb #cell-005

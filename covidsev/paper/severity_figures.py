@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ..method.statistics import CUT, Estimate, auc, bland_altman, confusion_table, pairs, roc_points, wilson
 from ..data.show import LINES, PALETTE, captioned, plain_axes, say_not_run
-from ..provenance import read_json
+from ..core import read_json
 from ..severity.score import REGIONS, partition_regions
 from .tables import read_csv, read_published, show, show_p
 from .validation import CLASSES, LUNG_SOURCES, Truth, not_reproduced, phantom_truth, scan_means

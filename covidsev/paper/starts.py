@@ -29,7 +29,7 @@ from ..data.datasets import (DARK_MEAN, SliceSet, Splits, UnlabelledSet, load_un
                                pool_tensors, spine_at_left, to_tensors)
 from ..method.infnet import count_parameters
 from ..method.multiclass import MultiClassUNet, prior_tensor
-from ..provenance import environment, git_commit, run_lock, sha256_bytes, write_csv, write_json
+from ..core import environment, git_commit, run_lock, sha256_bytes, write_csv, write_json
 from .runs import START_FILE, assert_no_leak, checkpoint_of, folder_of, identity, load_run_data, run_of
 from ..method.training import (StopSignals, TrainingInterrupted, _check_identity, _clear, data_hash, load_latest,
                                rotate_checkpoints, save_checkpoint)

@@ -27,7 +27,7 @@ from scipy.stats import t as student
 from ..core import ConfigError, DataMissingError, check_choice, repo_root
 from ..data.show import caption, ranked_cases
 from ..method.metrics import bootstrap_ci, holm, paired_wilcoxon
-from ..provenance import environment, git_commit, read_json, write_csv, write_json, write_text
+from ..core import environment, git_commit, read_json, write_csv, write_json, write_text
 
 # %% ../../nbs/4_paper/04_tables.ipynb #cell-007
 _EXACT = {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}

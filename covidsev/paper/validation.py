@@ -31,7 +31,7 @@ from ..data.sources import SOURCES, Sample, get_source, how_to_get, load_masks
 from ..severity.lungs import LungMask, segment_lungs, split_lungs
 from ..method.metrics import dsc
 from ..data.phantom import phantom_patients, phantom_volume, to_uint8
-from ..provenance import environment, git_commit, read_json, sha256_file, write_csv, write_json
+from ..core import environment, git_commit, read_json, sha256_file, write_csv, write_json
 from ..data.scans import Scan, turn_picture
 from ..severity.score import (MIN_FRACTIONS, REGIONS, SECTORS, SeverityResult, ct_ss_by_floor,
                                lesion_components, partition_regions, severity)

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from ..core import ConfigError, CovidSevError, check_choice, repo_root
 from .experiments import (Places, Planned, Run, data_folder, describe, examine, execute_plan,
                                   load_registry, parse_settings, plan_runs)
-from ..provenance import cache_key, read_json, sha256_json, write_json
+from ..core import read_json, sha256_json, write_json
+from .keys import cache_key
 
 # %% ../../nbs/4_paper/13_workflow.ipynb #cell-005
 def due_runs(profile: str, only: Sequence[str] = (), rows: Sequence[str] = (), seeds: Sequence[int] = (),

@@ -31,8 +31,8 @@ from ..core import (CONSOLIDATION, ConfigError, CovidSevError, GeometryError, Ma
                              check_choice, progress, resolve_device)
 from .lungs import (ENGINES, LungMask, LungSegmentationError, complete_lungs, lung_engine,
                             segment_lungs, split_lungs)
-from ..provenance import (environment, git_commit, read_json, run_lock, sha256_bytes, sha256_file,
-                                 sha256_json, write_bytes, write_json, write_text)
+from ..core import (environment, git_commit, read_json, run_lock, sha256_bytes,
+    sha256_file, sha256_json, write_bytes, write_json, write_text)
 from .reports import batch_html, case_html, csv_text, overlay_figure, png_bytes, region_map
 from ..data.scans import Scan, case_id, find_cases, read_mask_for, read_scan, turn_picture, write_mask
 from .score import MIN_FRACTION, drop_fragments, partition_regions, result_row, score_scan

@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from ..core import (CheckpointError, ChecksumError, ConfigError, CovidSevError, GeometryError,
                              MissingExtraError, check_choice, resolve_device)
-from ..provenance import sha256_file, sha256_json
+from ..core import sha256_file, sha256_json
 from ..data.scans import check_hu
 
 # %% ../../nbs/3_severity/01_lungs.ipynb #cell-007

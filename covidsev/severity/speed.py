@@ -23,7 +23,7 @@ from ..method.unets import build_network
 from ..core import CovidSevError, check_choice, progress, set_threads
 from .lungs import segment_lungs
 from ..data.phantom import phantom_volume
-from ..provenance import write_csv
+from ..core import write_csv
 from ..data.scans import Scan
 from .score import count_regions, partition_regions, severity
 from .volumes import segment_scan

@@ -23,7 +23,7 @@ from ..method.inference import iterate_logits, to_native
 from .lungs import NOMINAL_WIDTH_MM
 from ..method.multiclass import predict_classes, prior_tensor
 from ..data.phantom import to_uint8
-from ..provenance import sha256_file
+from ..core import sha256_file
 from ..data.scans import Scan, turn_picture
 
 # %% ../../nbs/3_severity/03_volumes.ipynb #cell-008

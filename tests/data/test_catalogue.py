@@ -22,7 +22,7 @@ from covidsev.data.catalogue import (CATALOGUE, FolderDigest, compare_content, d
                                 missing_data_message, safe_extract)
 from covidsev.core import (ArchiveError, ChecksumError, ConfigError, DataMissingError, RunLockedError,
                              data_root)
-from covidsev.provenance import read_json, run_lock, sha256_file
+from covidsev.core import read_json, run_lock, sha256_file
 
 FILES = {f"part {k}/{name}": bytes([k]) * size for k in (1, 2) for name,
          size in (("a.png", 300), ("ü b.png", 70_000))}

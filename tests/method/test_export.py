@@ -19,7 +19,7 @@ from covidsev.method.export import (MODEL_FORMAT, PARITY, ModelInfo, card_path, 
                              onnx_bytes, onnx_info, onnx_logits, output_path, save_model, save_onnx)
 from covidsev.method.infnet import count_parameters
 from covidsev.method.multiclass import MultiClassUNet
-from covidsev.provenance import read_json, sha256_file, write_json
+from covidsev.core import read_json, sha256_file, write_json
 from covidsev.method.training import load_weights, save_checkpoint, weights_hash
 
 SIZE = 32

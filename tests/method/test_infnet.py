@@ -41,7 +41,7 @@ from covidsev.method.infnet import (
     reverse,
     strip_module,
 )
-from covidsev.provenance import sha256_file
+from covidsev.core import sha256_file
 
 NAMES = ("s_g", "s_5", "s_4", "s_3", "edge")
 

@@ -21,7 +21,7 @@ from covidsev.core import (CheckpointError, ConfigError, DataMissingError, Leaka
                              NonFiniteError, RunLockedError, seed_everything)
 from covidsev.data.datasets import SliceSet, load_splits, to_tensors
 from covidsev.method.losses import SideOutputs
-from covidsev.provenance import run_lock
+from covidsev.core import run_lock
 from covidsev.method.semi import LoopConfig, PseudoSet
 from covidsev.method.training import (TrainConfig, TrainingInterrupted, load_checkpoint, save_checkpoint,
                                weights_hash)

@@ -13,7 +13,7 @@ from covidsev.paper import tables
 from covidsev.paper.claims import FAIL, NOT_TESTED, OUTCOMES, PASS
 from covidsev.core import ConfigError, repo_root
 from covidsev.paper.experiments import load_registry
-from covidsev.provenance import write_csv, write_json
+from covidsev.core import write_csv, write_json
 
 NUMBERS = st.floats(-1, 1, allow_nan=False)
 

@@ -19,7 +19,8 @@ from covidsev.paper import experiments
 from covidsev.core import ConfigError, CovidSevError, DataMissingError, NotebookError, RunLockedError, repo_root
 from covidsev.paper.experiments import (Places, Run, check_manifest, lint_notebook, load_registry, notebook_parameters, parse_settings,
                                   plan_runs, run_notebook)
-from covidsev.provenance import cache_key, read_json, run_lock
+from covidsev.core import read_json, run_lock
+from covidsev.paper.keys import cache_key
 
 SETTINGS = 'profile = "smoke"\nrow = "a"\nseed = 0\nepochs = 3\noutput = ""'
 WORK = """
@@ -223,7 +224,7 @@ def test_second_run_on_one_folder_is_locked_out(good, tmp_path):
 
 def test_lock_of_a_killed_process_is_taken_over(tmp_path):
     run, places = toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, WORK)), Places(tmp_path / "out")
-    hold = f"from covidsev.provenance import run_lock; import time\nwith run_lock({str(places.folder(run))!r}):\n print('held', flush=True); time.sleep(60)"
+    hold = f"from covidsev.core import run_lock; import time\nwith run_lock({str(places.folder(run))!r}):\n print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(RunLockedError, match=f"process {holder.pid} on "):

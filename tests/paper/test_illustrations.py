@@ -14,7 +14,7 @@ from covidsev.paper import illustrations
 from covidsev.method.augmentation import Augmentation, augment
 from covidsev.method.unets import build_network
 from covidsev.core import ConfigError, DataMissingError, repo_root
-from covidsev.provenance import read_json
+from covidsev.core import read_json
 
 FOLDER = repo_root() / "nbs" / "experiments"
 

@@ -16,7 +16,7 @@ from covidsev.paper import runner as lineage
 from covidsev.cli import main
 from covidsev.core import ConfigError, repo_root
 from covidsev.paper.experiments import Places, code_cells, load_registry, resolve, write_manifest
-from covidsev.provenance import read_json, write_bytes, write_json
+from covidsev.core import read_json, write_bytes, write_json
 
 ROOT = repo_root()
 

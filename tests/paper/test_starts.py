@@ -19,7 +19,7 @@ from covidsev.data.datasets import load_splits, to_tensors
 from covidsev.method.multiclass import MultiClassUNet
 from covidsev.paper.starts import (build_players, check_unseen, game_identity, harder_than_random, image_hashes, load_pretext_images,
                                    pretext_run, pretrain, pretrain_network, start_game)
-from covidsev.provenance import run_lock
+from covidsev.core import run_lock
 from covidsev.method.training import TrainingInterrupted, load_checkpoint, weights_hash
 
 from tiny import tiny_backbone

@@ -17,7 +17,7 @@ from covidsev.paper import tables
 from covidsev.core import ConfigError, repo_root
 from covidsev.method.metrics import bootstrap_ci
 from covidsev.data.phantom import demo_slice, to_uint8
-from covidsev.provenance import read_json, write_csv, write_json
+from covidsev.core import read_json, write_csv, write_json
 
 REAL_REGISTRY = experiments.load_registry
 FOLDER = repo_root() / "nbs" / "experiments"

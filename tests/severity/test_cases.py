@@ -24,7 +24,7 @@ from covidsev.core import CheckpointError, ConfigError, GeometryError, MaskError
 from covidsev.method.export import ModelInfo, save_model
 from covidsev.severity.lungs import LungSegmentationError, segment_lungs
 from covidsev.data.phantom import phantom_volume, to_uint8
-from covidsev.provenance import run_lock, sha256_file
+from covidsev.core import run_lock, sha256_file
 from covidsev.data.scans import read_scan, turn_picture
 
 _BUFFER = io.BytesIO()

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from covidsev.core import ConfigError, GeometryError, IntensityError, MaskError
 from covidsev.severity.lungs import LungSegmentationError
 from covidsev.data.phantom import phantom_volume
-from covidsev.provenance import read_json, write_json
+from covidsev.core import read_json, write_json
 from covidsev.data.scans import Scan, make_grid, turn_picture
 from covidsev.severity.score import (
     LOBE_OF_REGION,

@@ -14,7 +14,7 @@ from covidsev.method.inference import predict_slices
 from covidsev.method.losses import SideOutputs
 from covidsev.method.multiclass import MultiClassUNet
 from covidsev.data.phantom import phantom_volume, to_uint8
-from covidsev.provenance import sha256_file
+from covidsev.core import sha256_file
 from covidsev.data.scans import Scan, make_grid, read_scan, turn_picture, write_mask
 from covidsev.severity.volumes import (SecondStage, Segmenter, as_volume, load_segmenter, lung_box, network_slices, segment,
                               segment_scan, training_view)

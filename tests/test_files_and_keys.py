@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covidsev import provenance
+from covidsev import core
+from covidsev.paper import keys
 from covidsev.core import ConfigError, RunLockedError
 
 PLAIN = st.none() | st.booleans() | st.integers(-10**6, 10**6) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
@@ -42,56 +43,56 @@ def names(folder: Path) -> list[str]:
 @given(st.dictionaries(st.text(max_size=5), PLAIN | st.lists(PLAIN, max_size=3), max_size=6))
 def test_json_hash_ignores_order_and_survives_a_round_trip(value):
     backwards = dict(reversed(list(value.items())))
-    assert provenance.sha256_json(value) == provenance.sha256_json(backwards)
-    assert provenance.sha256_json(json.loads(json.dumps(value))) == provenance.sha256_json(value)
+    assert core.sha256_json(value) == core.sha256_json(backwards)
+    assert core.sha256_json(json.loads(json.dumps(value))) == core.sha256_json(value)
 
 
 @given(SETTINGS, SETTINGS)
 def test_different_settings_have_different_hashes(first, second):
     same = json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
-    assert (provenance.sha256_json(first) == provenance.sha256_json(second)) == same
+    assert (core.sha256_json(first) == core.sha256_json(second)) == same
 
 
 def test_numpy_tensors_and_plain_numbers_hash_alike():
     import torch
 
     plain = {"a": [1, 2], "b": 0.5, "c": True}
-    assert provenance.sha256_json({"a": np.array([1, 2]), "b": np.float64(0.5), "c": np.bool_(True)}) \
-        == provenance.sha256_json({"a": torch.tensor([1, 2]), "b": torch.tensor(0.5), "c": True}) \
-        == provenance.sha256_json(plain)
+    assert core.sha256_json({"a": np.array([1, 2]), "b": np.float64(0.5), "c": np.bool_(True)}) \
+        == core.sha256_json({"a": torch.tensor([1, 2]), "b": torch.tensor(0.5), "c": True}) \
+        == core.sha256_json(plain)
 
 
 def test_sha256_file_reads_all_of_a_large_file(tmp_path):
     data = np.random.default_rng(0).bytes(3_000_001)
     (tmp_path / "x").write_bytes(data)
-    assert provenance.sha256_file(tmp_path / "x") == provenance.sha256_bytes(data)
+    assert core.sha256_file(tmp_path / "x") == core.sha256_bytes(data)
     with pytest.raises(FileNotFoundError, match="missing"):
-        provenance.sha256_file(tmp_path / "missing")
+        core.sha256_file(tmp_path / "missing")
 
 
 def test_write_json_is_sorted_stable_and_has_no_nan(tmp_path):
     value = {"b": np.float32(0.25), "a": [math.nan, math.inf, -math.inf, 1], "ä": Path("x/y"), "c": {2, 1}}
-    provenance.write_json(tmp_path / "x.json", value)
+    core.write_json(tmp_path / "x.json", value)
     text = (tmp_path / "x.json").read_bytes()
-    provenance.write_json(tmp_path / "x.json", dict(reversed(list(value.items()))))
+    core.write_json(tmp_path / "x.json", dict(reversed(list(value.items()))))
     assert text == (tmp_path / "x.json").read_bytes() and text.endswith(b"}\n") and b"\r" not in text
-    assert provenance.read_json(tmp_path / "x.json") == \
+    assert core.read_json(tmp_path / "x.json") == \
         {"a": [None, None, None, 1], "b": 0.25, "c": [1, 2], "ä": "x/y"}
     assert b"NaN" not in text and b"Infinity" not in text
 
 
 def test_write_json_of_something_odd_leaves_the_old_file(tmp_path):
-    provenance.write_json(tmp_path / "x.json", {"a": 1})
+    core.write_json(tmp_path / "x.json", {"a": 1})
     with pytest.raises(TypeError, match="cannot write object"):
-        provenance.write_json(tmp_path / "x.json", {"a": object()})
-    assert provenance.read_json(tmp_path / "x.json") == {"a": 1} and names(tmp_path) == ["x.json"]
+        core.write_json(tmp_path / "x.json", {"a": object()})
+    assert core.read_json(tmp_path / "x.json") == {"a": 1} and names(tmp_path) == ["x.json"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"<html>", b"\xff\xfe"])
 def test_read_json_names_a_file_that_is_not_json(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ConfigError, match="run.json"):
-        provenance.read_json(tmp_path / "run.json")
+        core.read_json(tmp_path / "run.json")
 
 
 # --- CSV
@@ -99,14 +100,14 @@ def test_read_json_names_a_file_that_is_not_json(tmp_path, content):
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
 def test_csv_floats_read_back_to_the_bit(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("csv") / "x.csv"
-    provenance.write_csv(path, pd.DataFrame({"value": values}))
+    core.write_csv(path, pd.DataFrame({"value": values}))
     head, *lines = path.read_text().splitlines()
     assert head == "value" and np.array([float(line) for line in lines]).tobytes() == np.array(values).tobytes()
 
 
 def test_csv_is_plain_and_the_same_every_time(tmp_path):
     frame = pd.DataFrame({"id": ["ä", "b,c"], "value": [1 / 3, math.nan]}, index=[5, 6])
-    provenance.write_csv(tmp_path / "x.csv", frame)
+    core.write_csv(tmp_path / "x.csv", frame)
     assert (tmp_path / "x.csv").read_bytes() == 'id,value\nä,0.3333333333333333\n"b,c",\n'.encode()
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "x.csv"), frame.reset_index(drop=True))
 
@@ -117,7 +118,7 @@ def test_atomic_write_makes_folders_and_honours_the_umask(tmp_path):
     path = tmp_path / "a" / "b" / "x.bin"
     old = os.umask(0o027)
     try:
-        provenance.write_bytes(path, b"1")
+        core.write_bytes(path, b"1")
     finally:
         os.umask(old)
     assert path.read_bytes() == b"1" and stat.S_IMODE(path.stat().st_mode) == 0o640 and names(path.parent) == ["x.bin"]
@@ -125,7 +126,7 @@ def test_atomic_write_makes_folders_and_honours_the_umask(tmp_path):
 
 def test_nothing_is_seen_before_the_end(tmp_path):
     path = tmp_path / "x"
-    with provenance.atomic_write(path, "w") as file:
+    with core.atomic_write(path, "w") as file:
         file.write("new")
         file.flush()
         assert not path.exists()
@@ -135,8 +136,8 @@ def test_nothing_is_seen_before_the_end(tmp_path):
 @pytest.mark.parametrize("accident", [RuntimeError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_an_accident_leaves_the_old_file_and_nothing_else(tmp_path, accident):
     path = tmp_path / "x"
-    provenance.write_text(path, "old")
-    with pytest.raises(type(accident)) as raised, provenance.atomic_write(path, "w") as file:
+    core.write_text(path, "old")
+    with pytest.raises(type(accident)) as raised, core.atomic_write(path, "w") as file:
         file.write("half")
         raise accident
     assert path.read_text() == "old" and names(tmp_path) == ["x"]
@@ -145,7 +146,7 @@ def test_an_accident_leaves_the_old_file_and_nothing_else(tmp_path, accident):
 
 
 def test_an_error_about_another_file_keeps_its_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match="other"), provenance.atomic_write(tmp_path / "x"):
+    with pytest.raises(FileNotFoundError, match="other"), core.atomic_write(tmp_path / "x"):
         open(tmp_path / "other")
     assert names(tmp_path) == []
 
@@ -154,10 +155,10 @@ def test_full_disk_while_syncing(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    provenance.write_text(tmp_path / "x", "old")
+    core.write_text(tmp_path / "x", "old")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=str(tmp_path / "x")) as raised:
-        provenance.write_text(tmp_path / "x", "new")
+        core.write_text(tmp_path / "x", "new")
     assert raised.value.errno == errno.ENOSPC
     assert (tmp_path / "x").read_text() == "old" and names(tmp_path) == ["x"]
 
@@ -166,11 +167,11 @@ def test_file_size_limit_in_a_real_process(tmp_path):
     """The kernel itself refuses the write, in the middle of a file, for each kind of file."""
     process = python("""
         import resource, sys
-        from covidsev import provenance
+        from covidsev import core
         folder = sys.stdin.readline().strip()
-        writers = {"x.bin": lambda p, size: provenance.write_bytes(p, b"y" * size),
-                   "x.json": lambda p, size: provenance.write_json(p, {"a": "y" * size}),
-                   "x.csv": lambda p, size: provenance.write_csv(p, {"a": ["y" * size]})}
+        writers = {"x.bin": lambda p, size: core.write_bytes(p, b"y" * size),
+                   "x.json": lambda p, size: core.write_json(p, {"a": "y" * size}),
+                   "x.csv": lambda p, size: core.write_csv(p, {"a": ["y" * size]})}
         for name, write in writers.items():
             write(f"{folder}/{name}", 10)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -185,22 +186,22 @@ def test_file_size_limit_in_a_real_process(tmp_path):
     assert out.splitlines() == [f"OSError {errno.EFBIG} {tmp_path / name}" for name in ("x.bin", "x.json", "x.csv")], error
     assert names(tmp_path) == ["x.bin", "x.csv", "x.json"]
     assert (tmp_path / "x.bin").read_bytes() == b"y" * 10
-    assert provenance.read_json(tmp_path / "x.json") == {"a": "y" * 10}
+    assert core.read_json(tmp_path / "x.json") == {"a": "y" * 10}
 
 
 def test_a_device_is_never_replaced():
     """/dev/full says "disk full" to every write. A careless rename would put a plain file in its place."""
     before = os.stat("/dev/full")
     with pytest.raises(OSError, match="/dev/full"):
-        provenance.write_bytes("/dev/full", b"x")
+        core.write_bytes("/dev/full", b"x")
     assert stat.S_ISCHR(os.stat("/dev/full").st_mode) and os.stat("/dev/full").st_ino == before.st_ino
 
 
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real" / "x")
-    provenance.write_text(tmp_path / "link", "1")
-    provenance.write_text(tmp_path / "link", "2")
+    core.write_text(tmp_path / "link", "1")
+    core.write_text(tmp_path / "link", "2")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "x").read_text() == "2"
 
 
@@ -208,15 +209,15 @@ def test_a_loop_of_links_and_a_file_as_folder_are_errors_that_name_the_path(tmp_
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(OSError, match="a"):
-        provenance.write_text(tmp_path / "a" / "x", "1")
+        core.write_text(tmp_path / "a" / "x", "1")
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        provenance.write_text(tmp_path / "file" / "x", "1")
+        core.write_text(tmp_path / "file" / "x", "1")
 
 
 @pytest.mark.parametrize("name", ["with spaces", "-dash", "ünïcodé 肺", "n" * 240, ".hidden"])
 def test_odd_names(tmp_path, name):
-    provenance.write_text(tmp_path / name, "1")
+    core.write_text(tmp_path / name, "1")
     assert (tmp_path / name).read_text() == "1" and names(tmp_path) == [name]
 
 
@@ -224,10 +225,10 @@ def test_sigkill_at_any_moment_leaves_a_whole_file(tmp_path):
     """A process rewrites one file as fast as it can and is killed: what is there is one of its versions, whole."""
     process = python("""
         import itertools, sys
-        from covidsev import provenance
+        from covidsev import core
         folder = sys.stdin.readline().strip()
         for k in itertools.count():
-            provenance.write_text(f"{folder}/x", f"{k % 10}" * 300_000)
+            core.write_text(f"{folder}/x", f"{k % 10}" * 300_000)
             if k == 0:
                 print("started", flush=True)
     """)
@@ -250,7 +251,7 @@ def test_sigkill_at_any_moment_leaves_a_whole_file(tmp_path):
 
 HOLD = """
     import sys
-    from covidsev.provenance import run_lock
+    from covidsev.core import run_lock
     folder = sys.stdin.readline().strip()
     with run_lock(folder):
         print("locked", flush=True)
@@ -272,16 +273,16 @@ def test_the_second_run_is_refused_and_told_by_whom(tmp_path):
 
     first = holder(tmp_path)
     try:
-        with pytest.raises(RunLockedError) as raised, provenance.run_lock(tmp_path):
+        with pytest.raises(RunLockedError) as raised, core.run_lock(tmp_path):
             raise AssertionError("two writers")
         assert f"process {first.pid} on {socket.gethostname()}" in str(raised.value)
         assert raised.value.exit_code == 4 and str(tmp_path) in str(raised.value)
         assert names(tmp_path) == [".lock"]  # nothing changed
-        with provenance.run_lock(tmp_path / "neighbour"):  # another folder is another lock
+        with core.run_lock(tmp_path / "neighbour"):  # another folder is another lock
             pass
     finally:
         first.communicate("\n", timeout=30)
-    with provenance.run_lock(tmp_path):
+    with core.run_lock(tmp_path):
         pass
 
 
@@ -290,17 +291,17 @@ def test_the_lock_of_a_killed_run_is_taken_over(tmp_path):
     first.kill()
     first.wait(30)
     assert (tmp_path / ".lock").read_text() != ""  # it is stale: the file still names the dead process
-    with provenance.run_lock(tmp_path):
+    with core.run_lock(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
 def test_the_lock_is_freed_by_an_error_and_survives_a_damaged_file(tmp_path):
-    with pytest.raises(ZeroDivisionError), provenance.run_lock(tmp_path):
+    with pytest.raises(ZeroDivisionError), core.run_lock(tmp_path):
         1 / 0
     for content in ("", "garbage", "[]", "{}"):
-        with provenance.run_lock(tmp_path):
+        with core.run_lock(tmp_path):
             (tmp_path / ".lock").write_text(content)
-            with pytest.raises(RunLockedError, match="another process"), provenance.run_lock(tmp_path):
+            with pytest.raises(RunLockedError, match="another process"), core.run_lock(tmp_path):
                 raise AssertionError("two writers")
 
 
@@ -308,8 +309,8 @@ def test_the_lock_is_freed_by_an_error_and_survives_a_damaged_file(tmp_path):
 
 @given(PARTS, PARTS)
 def test_a_key_differs_exactly_where_there_is_a_reason(old, new):
-    reasons = provenance.why_stale(old, new)
-    assert (provenance.cache_key(old) == provenance.cache_key(new)) == (reasons == []) or \
+    reasons = keys.why_stale(old, new)
+    assert (keys.cache_key(old) == keys.cache_key(new)) == (reasons == []) or \
         {k: v for k, v in old.items() if v} == {k: v for k, v in new.items() if v}  # an empty part says nothing
 
 
@@ -318,25 +319,25 @@ def test_every_change_is_named(parts):
     for part, settings in parts.items():
         for name in settings:
             changed = {**parts, part: {**settings, name: "something else entirely"}}
-            assert provenance.why_stale(parts, changed) == \
+            assert keys.why_stale(parts, changed) == \
                 [f"{part.removesuffix('s')} {name}: {json.dumps(settings[name])} -> \"something else entirely\""]
 
 
 def test_reasons_read_like_sentences():
     old = {"parameters": {"epochs": 40, "ema": 0.5}, "notebook": {"a.ipynb": "0" * 64}, "code": "0" * 64, "kind": "phantom"}
     new = {"parameters": {"epochs": 60, "seed": None}, "notebook": {"a.ipynb": "1" * 64}, "code": "1" * 64, "kind": "real"}
-    assert provenance.why_stale(old, new) == [
+    assert keys.why_stale(old, new) == [
         "code changed", 'kind: "phantom" -> "real"', "notebook a.ipynb changed", "parameter ema is gone",
         "parameter epochs: 40 -> 60", "parameter seed is new"]
-    assert provenance.why_stale(old, json.loads(json.dumps(old))) == []  # parts read back from a file are the same
+    assert keys.why_stale(old, json.loads(json.dumps(old))) == []  # parts read back from a file are the same
 
 
 def test_keys_do_not_depend_on_hash_seed_folder_locale_or_time_zone(tmp_path):
     code = """
-        from covidsev import provenance
+        from covidsev import core
         parts = {"parameters": {"classes": {"ggo", "consolidation", "background"}, "rates": (0.75, 1.0)},
-                 "code": provenance.source_key("from covidsev import provenance, config\\nprint(provenance, config)")}
-        print(provenance.cache_key(parts))
+                 "code": keys.source_key("from covidsev import core, config\\nprint(core, config)")}
+        print(keys.cache_key(parts))
     """
     runs = [python(code, cwd=tmp_path, PYTHONHASHSEED="1", TZ="UTC", LC_ALL="C"),
             python(code, cwd=Path(__file__).parent, PYTHONHASHSEED="2", TZ="Asia/Tokyo", LC_ALL="C.UTF-8")]
@@ -356,14 +357,14 @@ def write_package(folder: Path, **modules: str) -> None:
 def package(tmp_path, monkeypatch):
     """An editable copy of a package with three modules: b imports a, c is alone."""
     write_package(tmp_path, a="X = 1\n", b="from .a import X\n\ndef f():\n    return X\n", c="Y = 1\n")
-    monkeypatch.setattr(provenance, "_module_file",
+    monkeypatch.setattr(keys, "_module_file",
                         lambda module: tmp_path / "covidsev" / f"{module.removeprefix('covidsev.')}.py")
     return tmp_path
 
 
 def reached(source: str) -> set[str]:
     """The definitions that a text reaches, as {"a.X", "b.f"}."""
-    key = provenance.source_key(textwrap.dedent(source))
+    key = keys.source_key(textwrap.dedent(source))
     return {f"{module.removeprefix('covidsev.')}.{name}" for module, parts in key.items() for name in parts}
 
 
@@ -373,44 +374,44 @@ ALL_OF_A = "from covidsev import a\nprint(a)"
 
 def test_source_key_follows_names_and_nothing_else(package):
     assert reached(USE_B) == {"a.X", "b.f"}
-    before = provenance.source_key(USE_B)
+    before = keys.source_key(USE_B)
     write_package(package, c="Y = 2\n", a="X = 1\nZ = 3\n\ndef loader():\n    return Z\n")
-    assert provenance.source_key(USE_B) == before  # a new loader beside what is used
+    assert keys.source_key(USE_B) == before  # a new loader beside what is used
     write_package(package, a="X = 2\n")
-    after = provenance.source_key(USE_B)
-    assert provenance.why_stale({"modules": before}, {"modules": after}) == ["module covidsev.a: X changed"]
+    after = keys.source_key(USE_B)
+    assert keys.why_stale({"modules": before}, {"modules": after}) == ["module covidsev.a: X changed"]
 
 
 def test_changed_definitions_are_named_and_long_lists_are_cut(package):
     write_package(package, a="".join(f"X{k} = {k}\n" for k in range(9)))
-    before = provenance.source_key(ALL_OF_A)
+    before = keys.source_key(ALL_OF_A)
     write_package(package, a="".join(f"X{k} = {k + 1}\n" for k in range(1, 10)))
-    after = provenance.source_key(ALL_OF_A)
-    assert provenance.why_stale({"modules": before}, {"modules": after}) == [
+    after = keys.source_key(ALL_OF_A)
+    assert keys.why_stale({"modules": before}, {"modules": after}) == [
         "module covidsev.a: X0 is gone, X1 changed, X2 changed, X3 changed, X4 changed, X5 changed and 4 more"]
 
 
 @pytest.mark.parametrize("source", ['"""Doc."""\nX = 1\n', "# why\nX  =  1  # because\n\n\n", "__all__ = ['X']\nX = 1\n",
                                     "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\nX = 1\n"])
 def test_words_do_not_change_a_source_key(package, source):
-    before = provenance.source_key(ALL_OF_A)
+    before = keys.source_key(ALL_OF_A)
     write_package(package, a=source)
-    assert provenance.source_key(ALL_OF_A) == before
+    assert keys.source_key(ALL_OF_A) == before
 
 
 def test_docstrings_of_functions_and_methods_do_not_count(package):
     write_package(package, a="class K:\n    def m(self):\n        return 1\n\ndef f():\n    pass\n")
-    before = provenance.source_key(ALL_OF_A)
+    before = keys.source_key(ALL_OF_A)
     write_package(package, a="class K:\n    'K.'\n    def m(self):\n        'M.'\n        return 1\n\ndef f():\n    'F.'\n")
-    assert provenance.source_key(ALL_OF_A) == before
+    assert keys.source_key(ALL_OF_A) == before
 
 
 @pytest.mark.parametrize("source", ["X = 1.0\n", "X = 1\nX += 0\n", "X = '1'\n", "def X(): 'doc'\n", "X = 1\nX = 1\n",
                                     "if True:\n    X = 1\n", "from .c import Y as X\n"])
 def test_code_does_change_a_source_key(package, source):
-    before = provenance.source_key("from covidsev.a import X\nX")
+    before = keys.source_key("from covidsev.a import X\nX")
     write_package(package, a=source)
-    assert provenance.source_key("from covidsev.a import X\nX") != before
+    assert keys.source_key("from covidsev.a import X\nX") != before
 
 
 SPELLINGS = {
@@ -500,9 +501,9 @@ def test_what_cannot_be_told_is_taken_whole(package):
 
 def test_the_meaning_of_an_imported_name_counts(package):
     write_package(package, a="import math as m\n\ndef f():\n    return m.pi\n")
-    before = provenance.source_key("from covidsev.a import f\nf")
+    before = keys.source_key("from covidsev.a import f\nf")
     write_package(package, a="import cmath as m\n\ndef f():\n    return m.pi\n")
-    assert provenance.source_key("from covidsev.a import f\nf") != before
+    assert keys.source_key("from covidsev.a import f\nf") != before
 
 
 def test_names_are_followed_through_other_modules(package):
@@ -516,18 +517,18 @@ def test_source_key_of_a_circle_and_of_a_missing_module(package):
     write_package(package, a="import covidsev.b\n\ndef g():\n    return covidsev.b.f()\n", b="from .a import g\n\ndef f():\n    return g\n")
     assert reached("from covidsev.a import g\ng") == {"a.g", "b.f"}
     with pytest.raises(ConfigError, match="no module 'covidsev.z'"):
-        provenance.source_key("from covidsev.z import f")
+        keys.source_key("from covidsev.z import f")
 
 
 def test_source_key_of_this_library_holds_what_it_should_and_parses_it_once(monkeypatch):
     source = "from covidsev.data import show\nfrom covidsev.paper import runs\nruns.train_network"
-    key = provenance.source_key(source, without=["covidsev.data.show"])
+    key = keys.source_key(source, without=["covidsev.data.show"])
     assert "covidsev.data.show" not in key and "fit" in key["covidsev.method.training"] and "train_network" in key["covidsev.paper.runs"]
     assert {"check_covid_semiseg", "grey_profile"}.isdisjoint(key["covidsev.data.datasets"])
     parsed = []
-    parse = provenance.ast.parse
-    monkeypatch.setattr(provenance.ast, "parse", lambda text, *args, **kwargs: parsed.append(text) or parse(text, *args, **kwargs))
-    assert provenance.source_key(source, without=["covidsev.data.show"]) == key
+    parse = keys.ast.parse
+    monkeypatch.setattr(keys.ast, "parse", lambda text, *args, **kwargs: parsed.append(text) or parse(text, *args, **kwargs))
+    assert keys.source_key(source, without=["covidsev.data.show"]) == key
     assert set(parsed) <= {source}  # no module of the library again
 
 
@@ -540,10 +541,10 @@ def test_imports_of_understands_all_spellings(package):
         def later():
             from .b import f
     """
-    assert provenance.imports_of(textwrap.dedent(source)) == {"covidsev.a", "covidsev.b", "covidsev.c"}
-    assert provenance.imports_of("from covidsev import __version__") == set()
+    assert keys.imports_of(textwrap.dedent(source)) == {"covidsev.a", "covidsev.b", "covidsev.c"}
+    assert keys.imports_of("from covidsev import __version__") == set()
     with pytest.raises(SyntaxError):
-        provenance.imports_of("def (:")
+        keys.imports_of("def (:")
 
 
 # --- environment
@@ -552,8 +553,8 @@ def test_environment_is_complete_anonymous_and_the_same_twice():
     import getpass
     import socket
 
-    first = provenance.environment()
-    assert first == provenance.environment() and set(first) == {"python", "platform", "threads", "device", "packages"}
+    first = core.environment()
+    assert first == core.environment() and set(first) == {"python", "platform", "threads", "device", "packages"}
     assert {"torch", "numpy", "papermill"} <= set(first["packages"]) and "pytest" not in first["packages"]
     assert all(first["packages"].values())
     text = json.dumps(first)
@@ -562,7 +563,7 @@ def test_environment_is_complete_anonymous_and_the_same_twice():
 
 
 def test_environment_does_not_load_torch():
-    process = python("import sys; from covidsev import provenance as p; print(p.environment()['threads'], 'torch' in sys.modules)",
+    process = python("import sys; from covidsev import core as p; print(p.environment()['threads'], 'torch' in sys.modules)",
                      OMP_NUM_THREADS="3")
     assert process.communicate(timeout=60)[0].split() == ["3", "False"]
 
@@ -574,17 +575,17 @@ def test_git_commit_inside_a_git_hook(tmp_path, monkeypatch):
                         *arguments], check=True, capture_output=True)
 
     for name in ("mine", "hook"):
-        provenance.write_text(tmp_path / name / "x", name)
+        core.write_text(tmp_path / name / "x", name)
         git(tmp_path / name, "init", "-q")
         git(tmp_path / name, "add", ".")
         git(tmp_path / name, "commit", "-q", "-m", name)
-    mine = provenance.git_commit(tmp_path / "mine")
-    assert mine and mine != provenance.git_commit(tmp_path / "hook")
+    mine = core.git_commit(tmp_path / "mine")
+    assert mine and mine != core.git_commit(tmp_path / "hook")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "hook" / ".git"))
-    assert provenance.git_commit(tmp_path / "mine") == mine
+    assert core.git_commit(tmp_path / "mine") == mine
 
 
 def test_git_commit_without_git(tmp_path, monkeypatch):
-    assert provenance.git_commit(tmp_path) is None
+    assert core.git_commit(tmp_path) is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert provenance.git_commit(tmp_path) is None
+    assert core.git_commit(tmp_path) is None
