@@ -7,9 +7,10 @@ __all__ = ['CLASSES', 'GGO', 'CONSOLIDATION', 'MAX_IMAGE_PIXELS', 'MAX_VOLUME_SH
            'MAX_ARCHIVE_RATIO', 'CovidSevError', 'ReadError', 'GeometryError', 'MaskError', 'IntensityError',
            'ConfigError', 'DataMissingError', 'RunLockedError', 'CheckpointError', 'NonFiniteError', 'ChecksumError',
            'ArchiveError', 'LeakageError', 'NotebookError', 'MissingExtraError', 'suggest', 'check_choice', 'repo_root',
-           'data_root', 'is_quiet', 'progress', 'resolve_device', 'set_threads', 'seed_everything', 'sha256_bytes',
-           'sha256_file', 'as_json', 'sha256_json', 'atomic_write', 'write_bytes', 'write_text', 'write_json',
-           'read_json', 'write_csv', 'environment', 'git_commit', 'run_lock']
+           'data_root', 'is_quiet', 'progress', 'resolve_device', 'cpu_instructions', 'has_bfloat16',
+           'resolve_precision', 'set_threads', 'seed_everything', 'sha256_bytes', 'sha256_file', 'as_json',
+           'sha256_json', 'atomic_write', 'write_bytes', 'write_text', 'write_json', 'read_json', 'write_csv',
+           'environment', 'git_commit', 'run_lock']
 
 # %% ../nbs/00_core.ipynb #cell-002
 import difflib
@@ -36,8 +37,8 @@ import re
 import secrets
 import socket
 import subprocess
-import symtable
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -240,6 +241,35 @@ def resolve_device(name: str = "auto") -> "torch.device":
         return torch.device("cuda" if count else "cpu")
     return torch.device(str(name))
 
+# %% ../nbs/00_core.ipynb #c0precision-3
+def cpu_instructions(cpuinfo: str | Path = "/proc/cpuinfo") -> list[str]:
+    """Which of avx2, avx512f, avx512_bf16 and amx_bf16 the processor has; empty where Linux does not say."""
+    try:
+        flags = set(Path(cpuinfo).read_text().split())
+    except OSError:
+        return []
+    return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+
+
+def has_bfloat16(device: "torch.device | str" = "cpu") -> bool:
+    """Whether `device` multiplies bfloat16 itself: a GPU that can, or a processor with AMX or AVX512-BF16."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool({"avx512_bf16", "amx_bf16"} & set(cpu_instructions()))
+
+
+def resolve_precision(name: str = "auto", device: "torch.device | str" = "cpu") -> str:
+    """"float32" or "bfloat16" for "auto" (bfloat16 where `device` has it) or for either of the two by name.
+
+    bfloat16 by name is honoured where it must be emulated too, with a warning: it is slow there."""
+    check_choice("precision", name, ["auto", "float32", "bfloat16"])
+    if name == "bfloat16" and not has_bfloat16(device):
+        warnings.warn(f"{device} has no bfloat16 instructions: this will be slower than `--precision float32`",
+                      stacklevel=2)
+    return ("bfloat16" if has_bfloat16(device) else "float32") if name == "auto" else name
+
 # %% ../nbs/00_core.ipynb #cell-044
 def set_threads(n: int) -> None:
     """Fixes the number of threads of torch, and of the child processes started from here."""
@@ -418,13 +448,31 @@ def _loaded_device() -> tuple[int | None, str | None]:
     return torch.get_num_threads(), torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
 
 
-def environment() -> dict[str, Any]:
-    """What results are computed with: python, platform, threads, device, versions of the required packages.
+def _instruction_set() -> str:
+    """What the processor has and what torch, if it is loaded, chose of it: "AVX512 of avx2 avx512f amx_bf16"."""
+    torch = sys.modules.get("torch")
+    chosen = [torch.backends.cpu.get_cpu_capability(), "of"] if torch else []
+    return " ".join(chosen + (cpu_instructions() or ["unknown"]))
 
-    Holds no host name, user name or path, so that equal runs on equal software write equal files."""
+
+def _package_file() -> str:
+    """The file of this package, relative to the repository where it stands inside, else with ~ for the home."""
+    file = Path(importlib.util.find_spec("covidsev").origin).resolve()
+    with suppress(ValueError):
+        return file.relative_to(repo_root()).as_posix()
+    with suppress(ValueError):
+        return f"~/{file.relative_to(Path.home()).as_posix()}"
+    return str(file)
+
+
+def environment() -> dict[str, Any]:
+    """What results are computed with: python, platform, instruction set, threads, device, the file of this
+    package, versions of the required packages.
+
+    Holds no name of a host or user, and no path above the repository: equal runs write equal files."""
     threads, device = _loaded_device()
     return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
-            "threads": threads, "device": device,
+            "instruction_set": _instruction_set(), "threads": threads, "device": device, "package": _package_file(),
             "packages": {name: _installed_version(name) for name in _required_packages()}}
 
 # %% ../nbs/00_core.ipynb #file-025

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import warnings
 import textwrap
 import time
 from pathlib import Path
@@ -554,7 +555,9 @@ def test_environment_is_complete_anonymous_and_the_same_twice():
     import socket
 
     first = core.environment()
-    assert first == core.environment() and set(first) == {"python", "platform", "threads", "device", "packages"}
+    assert first == core.environment() and set(first) == {
+        "python", "platform", "instruction_set", "threads", "device", "package", "packages"}
+    assert first["package"] == "covidsev/__init__.py"
     assert {"torch", "numpy", "papermill"} <= set(first["packages"]) and "pytest" not in first["packages"]
     assert all(first["packages"].values())
     text = json.dumps(first)
@@ -566,6 +569,20 @@ def test_environment_does_not_load_torch():
     process = python("import sys; from covidsev import core as p; print(p.environment()['threads'], 'torch' in sys.modules)",
                      OMP_NUM_THREADS="3")
     assert process.communicate(timeout=60)[0].split() == ["3", "False"]
+
+
+@pytest.mark.parametrize(("flags", "auto", "warned"), [
+    ("avx2 avx512f amx_bf16", "bfloat16", 0), ("avx512_bf16", "bfloat16", 0), ("avx2 avx512f", "float32", 1), (None, "float32", 1)])
+def test_bfloat16_is_taken_where_the_processor_has_it(tmp_path, monkeypatch, flags, auto, warned):
+    if flags:
+        (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}\n")
+    known = core.cpu_instructions(tmp_path / "cpuinfo")
+    monkeypatch.setattr(core, "cpu_instructions", lambda: known)
+    assert core.resolve_precision("auto", "cpu") == auto and core.resolve_precision("float32", "cpu") == "float32"
+    with warnings.catch_warnings(record=True) as messages:
+        warnings.simplefilter("always")
+        assert core.resolve_precision("bfloat16", "cpu") == "bfloat16"  # asked for by name: honoured
+    assert len(messages) == warned
 
 
 def test_git_commit_inside_a_git_hook(tmp_path, monkeypatch):
