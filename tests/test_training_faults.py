@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from covidsev import provenance
+from covidsev import core
 from covidsev.method import training
 from covidsev.core import CheckpointError, ConfigError, NonFiniteError, RunLockedError
 from covidsev.method.losses import SideOutputs
@@ -334,7 +334,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_old_files(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(provenance.os, "fsync", full)
+        patch.setattr(core.os, "fsync", full)
         with pytest.raises(OSError) as caught:
             save_checkpoint(tmp_path / "last.pt", {"epoch": 99})
     assert caught.value.errno == errno.ENOSPC and "last.pt" in str(caught.value)
