@@ -10,7 +10,7 @@ __all__ = ['CLASSES', 'GGO', 'CONSOLIDATION', 'MAX_IMAGE_PIXELS', 'MAX_VOLUME_SH
            'data_root', 'is_quiet', 'progress', 'resolve_device', 'cpu_instructions', 'has_bfloat16',
            'resolve_precision', 'set_threads', 'seed_everything', 'sha256_bytes', 'sha256_file', 'as_json',
            'sha256_json', 'atomic_write', 'write_bytes', 'write_text', 'write_json', 'read_json', 'write_csv',
-           'environment', 'git_commit', 'run_lock']
+           'environment', 'git_commit', 'run_lock', 'publish_folder', 'publish_files']
 
 # %% ../nbs/00_core.ipynb #cell-002
 import difflib
@@ -35,6 +35,7 @@ import math
 import platform
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -515,7 +516,8 @@ def _holder(file: IO) -> str:
 def run_lock(folder: str | Path) -> Iterator[None]:
     """Holds the only right to write in `folder`; `RunLockedError` with process and host if another holds it.
 
-    The lock of a killed process is free at once. The folder is made if it is not there."""
+    The lock of a killed process is free at once, and its unfinished files are removed. The folder is made if
+    it is not there; its `.lock` is empty while nobody writes."""
     import fcntl
 
     path = Path(folder) / ".lock"
@@ -526,8 +528,86 @@ def run_lock(folder: str | Path) -> Iterator[None]:
         except BlockingIOError:
             raise RunLockedError("another run is writing here", file=folder, found=_holder(file),
                                  fix="wait for it, stop it, or choose another folder") from None
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
-        yield
-        file.truncate(0)  # the file stays: removing it would let two later runs lock two different files
+        for orphan in path.parent.glob(".*.tmp"):  # of `atomic_write` in a process that was killed
+            orphan.unlink(missing_ok=True)
+        try:
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            file.flush()
+            yield
+        finally:
+            file.truncate(0)  # the file stays: removed, two later runs would lock two different files
+
+# %% ../nbs/00_core.ipynb #c0publish-4
+def _beside(path: Path, kind: str) -> Path:
+    """Our own name for what belongs to `path`: `.name.kind` in the same folder."""
+    return path.with_name(f".{path.name}.{kind}")
+
+
+def _recover(folder: Path) -> None:
+    """Brings back what a killed process had put aside, and removes what it had not finished."""
+    if _beside(folder, "old").exists() and not folder.exists():
+        os.replace(_beside(folder, "old"), folder)
+    for kind in ("old", "partial"):
+        shutil.rmtree(_beside(folder, kind), ignore_errors=True)
+
+
+def _change_places(part: Path, folder: Path) -> None:
+    """Gives `part` the name of `folder`, whose old content is removed after that."""
+    old = _beside(folder, "old")
+    if (folder / ".lock").exists():
+        (part / ".lock").hardlink_to(folder / ".lock")
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(part, folder)
+    except OSError:
+        _recover(folder)
+        raise
+    _sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def publish_folder(folder: str | Path) -> Iterator[Path]:
+    """A new, empty folder to fill; at the end it takes the place of `folder`, as a whole or not at all.
+
+    On any error the old content stays and nothing else does. The caller holds `run_lock` of `folder` or of one
+    above. `OSError` names the file in its final place, as in "No space left on device: results/run/metrics.csv"."""
+    folder = Path(os.path.realpath(folder))
+    part = _beside(folder, "partial")
+    if folder.exists() and not folder.is_dir():
+        raise OSError(errno.ENOTDIR, "not a folder, so it is not replaced", str(folder))
+    _recover(folder)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        _change_places(part, folder)
+    except OSError as error:
+        file = str(error.filename or folder).replace(str(part), str(folder))
+        raise OSError(error.errno, error.strerror or str(error), file) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def publish_files(files: Mapping[Path, Path]) -> None:
+    """Copies files (target -> source) into folders that others use too: all of them or none.
+
+    All are written beside their targets first and then renamed in this order, so put the record of the rest
+    last. `OSError` names the target."""
+    parts = {_beside(Path(os.path.realpath(target)), "partial"): target for target in files}
+    try:
+        for part, target in parts.items():
+            try:
+                part.parent.mkdir(parents=True, exist_ok=True)
+                with open(part, "wb") as file:
+                    file.write(Path(files[target]).read_bytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise OSError(error.errno, error.strerror or str(error), str(target)) from error
+        for part, target in parts.items():
+            os.replace(part, os.path.realpath(target))
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
