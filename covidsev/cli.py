@@ -224,10 +224,9 @@ def check_data(name: str, root: str | None) -> int:
 def train(out: str, profile: str, row: str, seed: int, data_root: str | None, device: str | None,
           pairs: tuple) -> None:
     """Train and score one network, without a notebook."""
-    from covidsev.paper.experiments import instructions, lone_settings
+    from covidsev.paper.experiments import lone_settings
     from covidsev.paper.runs import train_run
 
-    os.environ.update(instructions())  # the same bits as `reproduce`; PyTorch reads them with its first operation
     settings = lone_settings(profile, row, seed, _overrides(pairs, device), out, data_root)
     scores = train_run(settings)
     click.echo(_few(scores.metrics).to_string(index=False, float_format="{:.4f}".format))

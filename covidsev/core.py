@@ -8,7 +8,7 @@ __all__ = ['CLASSES', 'GGO', 'CONSOLIDATION', 'MAX_IMAGE_PIXELS', 'MAX_VOLUME_SH
            'ConfigError', 'DataMissingError', 'RunLockedError', 'CheckpointError', 'NonFiniteError', 'ChecksumError',
            'ArchiveError', 'LeakageError', 'NotebookError', 'MissingExtraError', 'suggest', 'check_choice', 'repo_root',
            'data_root', 'is_quiet', 'progress', 'resolve_device', 'cpu_instructions', 'has_bfloat16',
-           'resolve_precision', 'set_threads', 'seed_everything', 'sha256_bytes', 'sha256_file', 'as_json',
+           'resolve_precision', 'autocast', 'set_threads', 'seed_everything', 'sha256_bytes', 'sha256_file', 'as_json',
            'sha256_json', 'atomic_write', 'write_bytes', 'write_text', 'write_json', 'read_json', 'write_csv',
            'environment', 'git_commit', 'run_lock', 'publish_folder', 'publish_files']
 
@@ -271,6 +271,14 @@ def resolve_precision(name: str = "auto", device: "torch.device | str" = "cpu") 
                       stacklevel=2)
     return ("bfloat16" if has_bfloat16(device) else "float32") if name == "auto" else name
 
+
+def autocast(device: "torch.device | str", precision: str = "auto") -> "torch.autocast":
+    """A context in which networks on `device` run in this precision; see `resolve_precision`."""
+    import torch
+
+    low = resolve_precision(precision, device) == "bfloat16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low)
+
 # %% ../nbs/00_core.ipynb #cell-044
 def set_threads(n: int) -> None:
     """Fixes the number of threads of torch, and of the child processes started from here."""
@@ -283,18 +291,16 @@ def set_threads(n: int) -> None:
 
 
 def seed_everything(seed: int, *, threads: int | None = None) -> "torch.Generator":
-    """Seeds Python and torch (CPU and CUDA), asks for deterministic kernels, fixes `threads` if given.
+    """Seeds Python and torch (CPU and CUDA), asks for deterministic kernels on the CPU, fixes `threads` if given.
 
     Returns a fresh CPU generator with the same seed, for the caller's own draws."""
-    # cuBLAS reads this when it starts; without it its matrix products are not repeatable
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     if threads is not None:
         set_threads(threads)
     random.seed(seed)
     torch.manual_seed(seed)  # seeds every CUDA device too
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)  # ten times slower there
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.backends.cudnn.benchmark = False
     return torch.Generator().manual_seed(seed)

@@ -114,11 +114,11 @@ def _published_step(case: Case, device: torch.device) -> Callable[[], float]:
     return step
 
 
-def _our_step(case: Case, device: torch.device, amp: bool) -> Callable[[], float]:
+def _our_step(case: Case, device: torch.device, precision: str) -> Callable[[], float]:
     """The step of `covidsev.method.training.fit`."""
     seed_everything(0)
     model = build_network("infnet", case.backbone).to(device, memory_format=torch.channels_last).train()
-    config = TrainConfig(learning_rate=1e-4, optimiser="adam", weight_decay=0.0, amp=amp)
+    config = TrainConfig(learning_rate=1e-4, optimiser="adam", weight_decay=0.0, precision=precision)
     optimiser = make_optimiser(model, config)
     images, labels = (tensor.to(device) for tensor in _slices(case))
 
@@ -151,14 +151,14 @@ def _published_evaluation(case: Case, device: torch.device) -> Callable[[], np.n
     return evaluate
 
 
-def _our_evaluation(case: Case, device: torch.device, amp: bool) -> Callable[[], np.ndarray]:
+def _our_evaluation(case: Case, device: torch.device, precision: str) -> Callable[[], np.ndarray]:
     """The evaluation of `covidsev.method.inference`, folded beforehand."""
     images = _slices(case)[0].to(device)
     model = _warmed_network(case, device).to(memory_format=torch.channels_last)
     model = fold_batch_norm(model, (images[:1].float() / 255).contiguous(memory_format=torch.channels_last))
 
     def evaluate() -> np.ndarray:
-        return torch.cat(list(iterate_logits(model, images, case.batch, device, amp=amp))).cpu().numpy()
+        return torch.cat(list(iterate_logits(model, images, case.batch, device, precision=precision))).cpu().numpy()
 
     return evaluate
 
@@ -196,7 +196,7 @@ def _published_scores(case: Case, device: torch.device) -> Callable[[], np.ndarr
     return lambda: np.stack([plain_curves(*pair) for pair in pairs])
 
 
-def _our_scores(case: Case, device: torch.device, amp: bool) -> Callable[[], np.ndarray]:
+def _our_scores(case: Case, device: torch.device, precision: str) -> Callable[[], np.ndarray]:
     """The scoring of `covidsev.method.metrics`, which gives the S-measure and the adaptive scores too."""
     pairs = _maps_and_truths(case)
     return lambda: np.stack([list(toolbox_image(*pair).curves.values()) for pair in pairs])
@@ -216,7 +216,7 @@ def make_work(stage: str, variant: str, case: Case, device: torch.device) -> Cal
     published, ours = _MAKERS[check_choice("stage", stage, _MAKERS)]
     if check_choice("variant", variant, VARIANTS) == "published":
         return published(case, device)
-    return ours(case, device, amp=variant.endswith("bfloat16"))
+    return ours(case, device, precision="bfloat16" if variant.endswith("bfloat16") else "float32")
 
 # %% ../../nbs/2_method/13_benchmark.ipynb #cell-026
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from .augmentation import augment, augmentation
 from covidsev.core import (
-    CheckpointError, ConfigError, GeometryError, IntensityError, NonFiniteError, check_choice, resolve_device,
+    CheckpointError, ConfigError, GeometryError, IntensityError, NonFiniteError, autocast, check_choice, resolve_device,
 )
 from covidsev.method.infnet import (
     BACKBONES, ConvBN, InfNet, Pyramid, ResidualBlock, check_fits, initialise_backbone, initialise_he,
@@ -519,7 +519,8 @@ class PretextConfig:
     epochs without a coach; "none" for a pretext that erases nothing (`RotationPretext`). images_per_epoch:
     a pass over so many images, drawn anew each time; 0 is all. later_rate: factor on learning_rate after the
     warm-up. random_share: of the later batches that still get random masks. through_network, alpha,
-    kl_weight: see `coach_loss`. augment: a recipe by name. amp: bfloat16, on CUDA only."""
+    kl_weight: see `coach_loss`. augment: a recipe by name. precision: see
+    `resolve_precision`."""
 
     warmup_epochs: int = 10
     rounds: int = 10
@@ -541,7 +542,7 @@ class PretextConfig:
     block_count: int = 16
     block_side: int = 16
     augment: str = "none"
-    amp: bool = True
+    precision: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -611,18 +612,11 @@ def descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> float:
     return value
 
 # %% ../../nbs/2_method/06_coach.ipynb #cell-068
-@contextmanager
-def _autocast(x: Tensor, wanted: bool) -> Iterator[None]:
-    """bfloat16 where it is wanted and the tensor is on a GPU."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=wanted and x.device.type == "cuda"):
-        yield
-
-
 def network_step(network: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, mask: Tensor,
                  config: PretextConfig) -> float:
     """One step of the network on slices x (B, C, H, W) under a given mask (B, 1, H, W); returns its loss."""
     network.train()
-    with _autocast(x, config.amp):
+    with autocast(x.device, config.precision):
         outputs = network(erase(x, mask))
     return descend(reconstruction_loss(network.errors(outputs, x), mask, config.kept_weight).total, optimiser)
 
@@ -631,7 +625,7 @@ def coach_step(coach: CoachNet, network: nn.Module, optimiser: torch.optim.Optim
                config: PretextConfig, generator: torch.Generator | None = None) -> float:
     """One step of the coach on slices x (B, C, H, W) against the frozen network; returns its loss."""
     coach.train()
-    with _autocast(x, config.amp):
+    with autocast(x.device, config.precision):
         loss, _ = coach_loss(coach, network, x, config.keep, alpha=config.alpha, kl_weight=config.kl_weight,
                              through_network=config.through_network, generator=generator)
     return descend(loss, optimiser)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..core import ConfigError, CovidSevError, check_choice
+from ..core import ConfigError, CovidSevError, autocast, check_choice
 from ..data.datasets import SliceSet, to_tensors
 from .training import load_checkpoint, load_weights
 
@@ -87,9 +87,9 @@ def fold_batch_norm(model: nn.Module, example: torch.Tensor, tolerance: float = 
 _MIRRORS = {False: ((),), True: ((), (-1,), (-2,), (-2, -1))}  # axes to flip in each pass
 
 
-def _logit_batch(model: nn.Module, images: torch.Tensor, tta: bool, amp: bool) -> torch.Tensor:
+def _logit_batch(model: nn.Module, images: torch.Tensor, tta: bool, precision: str) -> torch.Tensor:
     """Logits (B,S,S) float32 of float images (B,1,S,S); with `tta` the mean over mirror images."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp and images.device.type == "cuda"):
+    with autocast(images.device, precision):
         passes = [model(images.flip(axes)).s_3.flip(axes) for axes in _MIRRORS[bool(tta)]]
     return torch.stack([logits.float() for logits in passes]).mean(0)[:, 0]
 
@@ -113,12 +113,12 @@ def iterate_logits(
     tta: bool = False,
     fold: bool = False,
     channels_last: bool = True,
-    amp: bool = False,
+    precision: str = "float32",
 ) -> Iterator[torch.Tensor]:
     """Logits (B,S,S) float32, batch after batch, of uint8 images (N,1,S,S); leaves the network in eval mode.
 
     tta: also the three mirror images, at four times the cost. fold: absorb batch normalisation first.
-    amp: bfloat16, on CUDA only. `ConfigError` for other images."""
+    precision: see `resolve_precision`. `ConfigError` for other images."""
     _check_images(images)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = model.to(device, memory_format=layout).eval()
@@ -126,7 +126,7 @@ def iterate_logits(
         batch = (batch.to(device).float() / 255).contiguous(memory_format=layout)
         if fold and number == 0:
             model = fold_batch_norm(model, batch[:1])
-        yield _logit_batch(model, batch, tta, amp)
+        yield _logit_batch(model, batch, tta, precision)
 
 
 def predict_logits(
@@ -175,13 +175,13 @@ def predict_slices(
     *,
     tta: bool = False,
     fold: bool = True,
-    amp: bool = False,
+    precision: str = "float32",
 ) -> list[np.ndarray]:
     """One probability map float32 (H,W) per slice, at its native size, in the order of `slices.ids`.
 
     Logits are resized bilinearly, then the sigmoid is taken. size: side that the network sees."""
     images, _ = to_tensors(slices, size)
     shapes, maps = iter([image.shape[:2] for image in slices.images]), []
-    for logits in iterate_logits(model, images, batch_size, device, tta=tta, fold=fold, amp=amp):
+    for logits in iterate_logits(model, images, batch_size, device, tta=tta, fold=fold, precision=precision):
         maps += [to_native(one, next(shapes), kind="logits") for one in logits.cpu().numpy()]
     return maps

@@ -37,6 +37,7 @@ from covidsev.core import (
     ConfigError,
     MaskError,
     NonFiniteError,
+    autocast,
     check_choice,
     progress,
     resolve_device,
@@ -55,6 +56,7 @@ _CHOICES = {
     "scale_mode": ("all", "random"),
     "monitor": ("dice", "loss", "last"),
     "loss_variant": ("weighted", "as_published"),
+    "precision": ("auto", "float32", "bfloat16"),
 }
 _POSITIVE = (
     "epochs",
@@ -77,8 +79,8 @@ class TrainConfig:
     gradient; None or 0 is off. `ema`: decay of the running mean of the weights, 0 is off. `patience`: stop
     after so many epochs without a better validation value, 0 is never. `monitor`: what validation chooses
     the epoch by; "last" keeps the last epoch and needs no validation slices. `lookahead`: steps between two
-    moves of the slow weights, 0 is off. `focal_gamma`: exponent of the focal entropy, 0 is off. `amp`:
-    bfloat16, on CUDA only. `ConfigError` for a value that cannot work."""
+    moves of the slow weights, 0 is off. `focal_gamma`: exponent of the focal entropy, 0 is off.
+    `precision`: of the network, see `resolve_precision`. `ConfigError` for a value that cannot work."""
 
     epochs: int = 60
     batch_size: int = 8
@@ -101,7 +103,7 @@ class TrainConfig:
     augment: str = "none"
     cutout: float = 0.0
     cutout_mode: str = "side"
-    amp: bool = True
+    precision: str = "auto"
     channels_last: bool = True
     monitor: str = "dice"
     patience: int = 0
@@ -163,7 +165,7 @@ PUBLISHED = TrainConfig(
     weight_decay=0.0,
     schedule="compounding",
     loss_variant="as_published",
-    amp=False,
+    precision="float32",
     channels_last=False,
 )
 
@@ -237,12 +239,6 @@ def draw_scales(config: TrainConfig, generator: torch.Generator) -> tuple[float,
 PARTS = ("total", "s_g", "s_5", "s_4", "s_3", "edge")
 
 
-def _autocast(images: torch.Tensor, config: TrainConfig) -> torch.autocast:
-    """bfloat16 where it is wanted and the images are on a GPU."""
-    enabled = config.amp and images.device.type == "cuda"
-    return torch.autocast(images.device.type, torch.bfloat16, enabled=enabled)
-
-
 def _slice_dice(predicted: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Dice (B,) of two bool masks (B,1,H,W); 1 where both are empty."""
     predicted, truth = predicted.flatten(1), truth.flatten(1)
@@ -258,7 +254,7 @@ class SingleTask:
 
     def loss(self, model: nn.Module, batch: Batch, config: TrainConfig) -> tuple[LossParts, torch.Tensor]:
         """Loss and its parts, and the logits (B,1,H,W) of the prediction."""
-        with _autocast(batch.images, config):
+        with autocast(batch.images.device, config.precision):
             outputs = model(batch.images)
         outputs = SideOutputs(*(None if output is None else output.float() for output in outputs))
         masks = batch.labels > 0
@@ -292,7 +288,7 @@ class MultiTask:
 
     def loss(self, model: nn.Module, batch: Batch, config: TrainConfig) -> tuple[MultiParts, torch.Tensor]:
         """Loss, and the logits (B,3,H,W)."""
-        with _autocast(batch.images, config):
+        with autocast(batch.images.device, config.precision):
             logits = model(batch.images, batch.prior).logits
         options = self.options._replace(focal_gamma=config.focal_gamma)
         return MultiParts(multiclass_loss(logits.float(), batch.labels, options)), logits.float()

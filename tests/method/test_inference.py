@@ -76,8 +76,7 @@ def test_values_do_not_depend_on_batches_layout_or_folding():
         {"batch_size": 2},
         {"channels_last": False},
         {"fold": True},
-        {"amp": True},
-    ):  # amp acts on CUDA only
+    ):
         np.testing.assert_allclose(predict_logits(network, images, **options), expected, atol=1e-5)
     np.testing.assert_allclose(predict(network, images), 1 / (1 + np.exp(-expected)), atol=1e-6)
 
