@@ -23,7 +23,7 @@ from covidsev.core import (
 )
 from covidsev.method.infnet import (
     BACKBONES, ConvBN, InfNet, Pyramid, ResidualBlock, check_fits, initialise_backbone, initialise_he,
-    load_strict, resize_map,
+    load_weights, resize_map,
 )
 from .losses import SideOutputs
 
@@ -809,9 +809,9 @@ class Pretext:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Back to the moment of `state()`; CheckpointError if it belongs to another network."""
-        load_strict(self.network, state["network"])
+        load_weights(self.network, state["network"])
         if self.coach is not None:
-            load_strict(self.coach, state["coach"])
+            load_weights(self.coach, state["coach"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
         self.generator.set_state(state["random"])

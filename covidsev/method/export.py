@@ -31,11 +31,11 @@ from ..data.catalogue import CATALOGUE
 from .unets import MODELS, build_network
 from ..core import (CheckpointError, ConfigError, CovidSevError, MissingExtraError, NonFiniteError,
                              check_choice, resolve_device)
-from .infnet import count_parameters
+from .infnet import count_parameters, load_weights
 from .multiclass import MultiClassUNet
 from ..data.phantom import demo_slice, to_uint8
 from ..core import read_json, sha256_bytes, sha256_file, sha256_json, write_bytes, write_text
-from .training import load_checkpoint, load_weights, weights_hash
+from .training import load_checkpoint, weights_hash
 
 # %% ../../nbs/2_method/11_export.ipynb #cell-007
 TASKS = ("single", "multi")

@@ -18,7 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..core import ConfigError, CovidSevError, autocast, check_choice
 from ..data.datasets import SliceSet, to_tensors
-from .training import load_checkpoint, load_weights
+from .infnet import load_weights
+from .training import load_checkpoint
 
 # %% ../../nbs/2_method/10_inference.ipynb #cell-007
 def load_for_inference(model: nn.Module, checkpoint: str | Path | None) -> nn.Module:

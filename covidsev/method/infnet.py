@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,17 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core import (CheckpointError, ChecksumError, ConfigError, DataMissingError, GeometryError,
-                             check_choice)
+                           check_choice, sha256_file)
 from .losses import SideOutputs
-from ..core import sha256_file
 
 # %% auto #0
 __all__ = ['BACKBONES', 'IMAGENET_WEIGHTS', 'PUBLISHED_NAMES', 'PUBLISHED_UNUSED', 'ConvBN', 'resize_map', 'Pyramid',
            'DecoderWidths', 'Bottleneck', 'Res2NetBlock', 'initialise_he', 'ResNet50', 'Res2Net50', 'ResidualBlock',
-           'SmallResNet', 'read_weights', 'strip_module', 'check_fits', 'load_strict', 'WeightFile',
-           'initialise_backbone', 'check_digest', 'fetch_weights', 'ReceptiveFieldBlock', 'ParallelPartialDecoder',
-           'EdgeAttention', 'reverse', 'ReverseAttention', 'check_input', 'InfNet', 'count_parameters',
-           'published_name', 'load_published_checkpoint']
+           'SmallResNet', 'read_weights', 'check_fits', 'load_weights', 'WeightFile', 'initialise_backbone',
+           'check_digest', 'fetch_weights', 'ReceptiveFieldBlock', 'ParallelPartialDecoder', 'EdgeAttention', 'reverse',
+           'ReverseAttention', 'check_input', 'InfNet', 'count_parameters', 'published_name',
+           'load_published_checkpoint']
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-007
 class ConvBN(nn.Module):
@@ -232,9 +232,8 @@ BACKBONES: dict[str, type[nn.Module]] = {"res2net50": Res2Net50, "resnet50": Res
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a file of named tensors without running anything in it.
 
-    The prefix `module.` of parallel training is removed. Raises CheckpointError for a missing or damaged
-    file, and for one that holds anything but tensors.
-    """
+    The prefix `module.` of parallel training is removed where all names have it. Raises CheckpointError for a
+    missing or damaged file, and for one that holds anything but tensors."""
     path = Path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -245,44 +244,39 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError("the file holds no plain set of weights", file=path, found=type(state).__name__,
                               expected="a mapping from parameter names to tensors")
-    return strip_module(state)
+    parallel = all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-033
-def strip_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefix `module.` of parallel training from every name; unchanged if any name lacks it."""
-    if all(name.startswith("module.") for name in state):
-        return {name.removeprefix("module."): value for name, value in state.items()}
-    return dict(state)
-
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-034
-def check_fits(own: dict[str, Tensor], state: dict[str, Tensor], file: str | Path | None = None) -> None:
+def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], file: str | Path | None = None) -> None:
     """CheckpointError with the first five names of each fault, unless both hold the same names and shapes."""
     faults = {"missing": [n for n in own if n not in state], "unexpected": [n for n in state if n not in own],
               "of another shape": [n for n in own if n in state and own[n].shape != state[n].shape]}
     listed = [f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
               for kind, names in faults.items() if names]
+    parallel = any(name.startswith("module.") for name in state)
     if listed:
         raise CheckpointError("the weights belong to another network", file=file, found="; ".join(listed),
                               expected=f"exactly the {len(own)} tensors of this network",
-                              fix="build the network with the backbone and channels of the file")
+                              fix="remove the prefix 'module.' of parallel training" if parallel else
+                              "build the network that the file was made with")
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-035
-def load_strict(module: nn.Module, state: dict[str, Tensor], file: str | Path | None = None) -> None:
-    """Load a state into a module if every name and shape fits; else CheckpointError and an unchanged module.
 
-    Only the step counters of batch normalisation (`num_batches_tracked`) may be absent, as in old files.
-    """
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], file: str | Path | None = None) -> None:
+    """Load weights into a module if every name and shape fits; else CheckpointError and an unchanged module.
+
+    Only the step counters of batch normalisation (`num_batches_tracked`) may be absent, as in old files."""
     own = module.state_dict()
-    state = _counters(own) | state
-    check_fits(own, state, file)
-    module.load_state_dict(state, strict=True)
+    weights = _counters(own) | weights
+    check_fits(own, weights, file)
+    module.load_state_dict(weights, strict=True)
 
 
 def _counters(own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The step counters of batch normalisation, which nothing here reads."""
     return {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-040
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-038
 class WeightFile(NamedTuple):
     """Where a file of ImageNet weights comes from; its name ends in the first eight digits of its SHA-256."""
 
@@ -302,7 +296,7 @@ IMAGENET_WEIGHTS = {
         "https://download.pytorch.org/models/resnet50-0676ba61.pth", "BSD-3-Clause (torchvision)"),
 }
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-041
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-039
 def initialise_backbone(backbone: nn.Module, name: str, init: str,
                         weights_path: str | Path | None) -> dict[str, str]:
     """Apply `init` to a backbone and return the record of it: init, and file and sha256 for "imagenet"."""
@@ -316,10 +310,10 @@ def initialise_backbone(backbone: nn.Module, name: str, init: str,
     path = fetch_weights(name) if weights_path is None else Path(weights_path)
     digest = check_digest(path, IMAGENET_WEIGHTS[name].name)
     state = {key: value for key, value in read_weights(path).items() if key not in ("fc.weight", "fc.bias")}
-    load_strict(backbone, state, path)
+    load_weights(backbone, state, path)
     return {"init": "imagenet", "file": path.name, "sha256": digest}
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-042
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-040
 def check_digest(path: Path, known_name: str) -> str:
     """SHA-256 of a file; must begin with the digits in its name (`-0676ba61.pth`), or else `known_name`."""
     if not path.is_file():
@@ -333,7 +327,7 @@ def check_digest(path: Path, known_name: str) -> str:
                             fix="delete it and download it again")
     return digest
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-043
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-041
 def fetch_weights(name: str, folder: str | Path | None = None, url: str | None = None) -> Path:
     """Download ImageNet weights once, into the user's cache folder; DataMissingError without network."""
     import pooch
@@ -360,7 +354,7 @@ def _keep_if_sound(path: Path, file_name: str) -> Path:
         raise
     return path
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-047
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-045
 class ReceptiveFieldBlock(nn.Module):
     """Four parallel views of one feature map, merged: `(B, inputs, H, W)` to `(B, outputs, H, W)`, >= 0.
 
@@ -382,7 +376,7 @@ class ReceptiveFieldBlock(nn.Module):
         merged = self.merge(torch.cat([branch(x) for branch in self.branches], dim=1))
         return functional.relu(merged + self.shortcut(x))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-052
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-050
 class ParallelPartialDecoder(nn.Module):
     """The global map S_g from three features: logits `(B, 1, H3, W3)` at the size of f3. Wu et al. 2019."""
 
@@ -404,7 +398,7 @@ class ParallelPartialDecoder(nn.Module):
         joined_3 = self.join_3(torch.cat([agree_3, self.up[4](joined_4_at_3)], dim=1))
         return self.head(self.refine(joined_3))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-055
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-053
 class EdgeAttention(nn.Module):
     """From f2: the edge attention `(B, width, H2, W2)` and the edge logits `(B, 1, H2, W2)`. Section IV.A."""
 
@@ -417,12 +411,12 @@ class EdgeAttention(nn.Module):
         attention = self.layers(f2)
         return attention, self.head(attention)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-058
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-056
 def reverse(logits: Tensor) -> Tensor:
     """Reverse attention 1 - sigmoid(c), in [0, 1], computed as sigmoid(-c) so that small values survive."""
     return torch.sigmoid(-logits)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-061
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-059
 class ReverseAttention(nn.Module):
     """Refine a coarse map by looking where it is not: logits `(B, 1, h, w)` at the size of the features.
 
@@ -445,7 +439,7 @@ class ReverseAttention(nn.Module):
             x = functional.relu(layer(x))
         return self.head(x) + coarse
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-065
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-063
 def check_input(x: Tensor, multiple: int) -> None:
     """Accept float `(B, 1, H, W)` with sides that are multiples of `multiple`; else GeometryError."""
     if x.ndim != 4 or x.shape[1] != 1 or not x.is_floating_point():
@@ -458,7 +452,7 @@ def check_input(x: Tensor, multiple: int) -> None:
                             expected=f"sides that are multiples of {multiple}",
                             fix=f"resize to {near[0]} x {near[1]}")
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-066
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-064
 class InfNet(nn.Module):
     """Inf-Net: grey slices `(B, 1, H, W)` in [0, 1] to `SideOutputs` of logits at the same size.
 
@@ -506,12 +500,12 @@ class InfNet(nn.Module):
     def forward(self, x: Tensor) -> SideOutputs:
         return SideOutputs(*(resize_map(logits, x.shape[-2:]) for logits in self.decode(self.encode(x))))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-072
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-070
 def count_parameters(module: nn.Module) -> int:
     """Number of trainable values in a module."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-083
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-081
 PUBLISHED_NAMES = {
     "backbone.": "resnet.",
     **{f"rfb_{level}.{ours}.": f"rfb{level - 1}_1.{theirs}." for level in (3, 4, 5)
@@ -529,13 +523,13 @@ PUBLISHED_NAMES = {
 }
 PUBLISHED_UNUSED = ("resnet.fc.weight", "resnet.fc.bias")
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-084
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-082
 def published_name(name: str) -> str:
     """The name that the published Inf-Net code gives to one of our parameters (or buffers)."""
     ours = next(prefix for prefix in PUBLISHED_NAMES if name.startswith(prefix))
     return PUBLISHED_NAMES[ours] + name.removeprefix(ours)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-087
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-085
 def load_published_checkpoint(path: str | Path, model: InfNet) -> list[str]:
     """Load a checkpoint of the published Inf-Net code; returns the names left out (the unused classifier).
 

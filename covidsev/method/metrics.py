@@ -7,9 +7,8 @@ __all__ = ['Images', 'EMPTY_RULES', 'dice', 'as_map', 'as_mask', 'check_pair', '
            'confusion', 'overlap', 'dsc', 'soft_dice', 'pooled_dice', 'hd95', 'to_levels', 'grey_histograms',
            'toolbox_thresholds', 'counts_at', 'toolbox_overlap', 'e_measure', 'centroid_cut', 'quadrant_histograms',
            's_measure', 'ToolboxScores', 'toolbox_image', 'toolbox', 'threshold_curves', 'score_image', 'per_image',
-           'empty_counts', 'summarise', 'dice_by_threshold', 'best_threshold', 'bootstrap_ci', 'PairedTest',
-           'paired_wilcoxon', 'holm', 'pictures_by_stem', 'StemMatch', 'match_stems', 'resize_map', 'Evaluation',
-           'evaluate_folder']
+           'empty_counts', 'summarise', 'dice_by_threshold', 'best_threshold', 'bootstrap_ci', 'pictures_by_stem',
+           'StemMatch', 'match_stems', 'resize_map', 'Evaluation', 'evaluate_folder']
 
 # %% ../../nbs/2_method/05_metrics.ipynb #cell-002
 import unicodedata
@@ -22,7 +21,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.spatial import KDTree
-from scipy.stats import wilcoxon
 
 from ..core import ConfigError, GeometryError, IntensityError, MaskError, check_choice
 from ..data.datasets import list_pictures, natural_key, read_map, read_mask
@@ -491,41 +489,6 @@ def bootstrap_ci(values: ArrayLike, groups: Sequence | None = None, draws: int =
     return float(low), float(high)
 
 # %% ../../nbs/2_method/05_metrics.ipynb #cell-098
-class PairedTest(NamedTuple):
-    """Wilcoxon signed-rank: two-sided p, median of a - b; pairs used, dropped for NaN, without difference."""
-
-    p_value: float
-    median_difference: float
-    n_pairs: int
-    n_dropped: int
-    n_zero: int
-
-
-def paired_wilcoxon(a: ArrayLike, b: ArrayLike) -> PairedTest:
-    """Compares two lists of scores of the same images, in the same order. `ConfigError` if lengths differ.
-
-    No pair left: p and median are NaN. No pair with a difference: p is 1."""
-    a, b = (np.asarray(values, dtype=np.float64).ravel() for values in (a, b))
-    if a.size != b.size or not a.size:
-        raise ConfigError("a paired test needs two scores for each image",
-                          found=f"{a.size} and {b.size} scores")
-    difference = (a - b)[~np.isnan(a - b)]
-    n_pairs, n_zero = difference.size, int((difference == 0).sum())
-    if not n_pairs:
-        return PairedTest(float("nan"), float("nan"), 0, a.size, 0)
-    p_value = 1.0 if n_zero == n_pairs else float(wilcoxon(difference).pvalue)
-    return PairedTest(p_value, float(np.median(difference)), n_pairs, a.size - n_pairs, n_zero)
-
-
-def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Holm-corrected p values in the order given, in [0, 1]; a NaN stays NaN and is no comparison."""
-    p_values = np.asarray(p_values, dtype=np.float64).ravel()
-    corrected, order = np.full(p_values.size, np.nan), np.argsort(p_values)  # NaN sorts last
-    order = order[: np.count_nonzero(~np.isnan(p_values))]
-    corrected[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * np.arange(order.size, 0, -1)))
-    return corrected
-
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-103
 def pictures_by_stem(folder: str | Path) -> dict[str, Path]:
     """The pictures of a folder by stem, in natural order.
 
@@ -573,7 +536,7 @@ def match_stems(maps: Iterable[str], truths: Iterable[str], allow_missing: bool 
         warnings.warn(f"{unused}: {_some(match.without_truth)}", stacklevel=3)
     return match
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-106
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-101
 def resize_map(probability: ArrayLike, shape: tuple[int, int]) -> NDArray[np.float64]:
     """A map (h, w) in [0, 1] at `shape` (H, W), rounded to k/255; unchanged if it has that shape already.
 
@@ -587,7 +550,7 @@ def resize_map(probability: ArrayLike, shape: tuple[int, int]) -> NDArray[np.flo
     picture = picture.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
     return np.clip(np.floor(255 * np.asarray(picture, dtype=np.float64) + 0.5), 0, 255) / 255
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-110
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-105
 class Evaluation(NamedTuple):
     """`summary` (columns metric, value), `per_image` (one row per image), and the stems without a partner."""
 

@@ -26,7 +26,8 @@ from scipy.stats import t as student
 
 from ..core import ConfigError, DataMissingError, check_choice, repo_root
 from ..data.show import caption, ranked_cases
-from ..method.metrics import bootstrap_ci, holm, paired_wilcoxon
+from ..method.metrics import bootstrap_ci
+from ..method.statistics import holm, paired_wilcoxon
 from ..core import environment, git_commit, read_json, write_csv, write_json, write_text
 
 # %% ../../nbs/4_paper/04_tables.ipynb #cell-007

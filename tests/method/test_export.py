@@ -20,7 +20,8 @@ from covidsev.method.export import (MODEL_FORMAT, PARITY, ModelInfo, card_path, 
 from covidsev.method.infnet import count_parameters
 from covidsev.method.multiclass import MultiClassUNet
 from covidsev.core import read_json, sha256_file, write_json
-from covidsev.method.training import load_weights, save_checkpoint, weights_hash
+from covidsev.method.infnet import load_weights
+from covidsev.method.training import save_checkpoint, weights_hash
 
 SIZE = 32
 NAMES = ("infnet", "unet", "segnet", "multi")

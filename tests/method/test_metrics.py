@@ -16,7 +16,6 @@ from covidsev.method import metrics
 from covidsev.core import ConfigError, GeometryError, IntensityError, MaskError
 from covidsev.method.metrics import (
     Counts,
-    PairedTest,
     best_threshold,
     bootstrap_ci,
     check_pair,
@@ -30,10 +29,8 @@ from covidsev.method.metrics import (
     evaluate_folder,
     grey_histograms,
     hd95,
-    holm,
     match_stems,
     overlap,
-    paired_wilcoxon,
     per_image,
     pooled_dice,
     quadrant_histograms,
@@ -495,36 +492,6 @@ def test_bootstrap_is_seeded_and_leaves_nan_out():
     )
 
 
-def test_wilcoxon_is_paired_two_sided_and_counts_what_it_leaves_out():
-    rng = np.random.default_rng(4)
-    hard = rng.uniform(0.2, 0.9, 30)  # images differ much more than networks
-    better = np.clip(hard + 0.02 + rng.normal(0, 0.01, 30), 0, 1)
-    found = paired_wilcoxon(better, hard)
-    assert found.p_value < 1e-4 and found.median_difference > 0.01 and found.n_pairs == 30
-    assert paired_wilcoxon(hard, better).p_value == found.p_value
-    gaps = better.copy()
-    gaps[[3, 7]] = np.nan
-    assert paired_wilcoxon(gaps, hard)[2:] == (28, 2, 0)
-    assert paired_wilcoxon(hard, hard) == PairedTest(1.0, 0.0, 30, 0, 30)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert np.isnan(paired_wilcoxon([np.nan, 1.0], [0.0, np.nan]).p_value)
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_holm_is_the_textbook_procedure(p_values):
-    corrected, m = holm(p_values), len(p_values)
-    for alpha in (0.01, 0.05, 0.2):
-        rejected = set()
-        for i, k in enumerate(sorted(range(m), key=lambda k: p_values[k])):
-            if p_values[k] * (m - i) > alpha:
-                break
-            rejected.add(k)
-        assert {k for k in range(m) if corrected[k] <= alpha} == rejected
-    assert (corrected >= np.array(p_values)).all() and (corrected <= 1).all()
-    np.testing.assert_array_equal(holm([*p_values, np.nan])[:-1], corrected)
-
-
 # bad input --------------------------------------------------------------------------------------------------
 
 OK = np.zeros((4, 4)), np.eye(4)
@@ -567,7 +534,6 @@ OK = np.zeros((4, 4)), np.eye(4)
         (lambda: bootstrap_ci([1, 2], draws=0), ConfigError, "0 draws"),
         (lambda: bootstrap_ci([1, 2], level=95), ConfigError, "level 95"),
         (lambda: bootstrap_ci([1, 2], groups=[1]), ConfigError, "1 groups, 2 values"),
-        (lambda: paired_wilcoxon([1], [1, 2]), ConfigError, "1 and 2 scores"),
         (lambda: match_stems([], ["a"]), MaskError, "maps for: a"),
     ],
 )

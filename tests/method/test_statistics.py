@@ -1,5 +1,6 @@
 """Agreement and discrimination: known answers, properties, and a reason wherever there is no number."""
 import importlib.util
+import warnings
 
 import numpy as np
 import pytest
@@ -223,3 +224,112 @@ def test_rows_carry_a_value_or_a_reason():
             assert set(row) == {"metric", "value", "low", "high", "n", "reason"}
             assert row["value"] is not None or row["reason"], row
             assert row["value"] is None or np.isfinite(row["value"])
+
+
+# arms of a table ----------------------------------------------------------------------------------------------------
+
+
+def test_intervals_over_seeds_cover_the_mean_and_the_next_run():
+    rng, hits = np.random.default_rng(5), np.zeros(2)
+    for _ in range(600):
+        *seeds, new = rng.normal(0.7, 0.01, 4)
+        hits += [np.prod(np.subtract(ag.mean_interval(seeds)[1:], 0.7)) < 0,
+                 np.prod(np.subtract(ag.prediction_interval(seeds)[1:], new)) < 0]
+    assert (abs(hits / 600 - 0.95) < 0.03).all()
+    assert ag.mean_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
+    assert np.isnan(ag.mean_interval([])).all() and np.isnan(ag.prediction_interval([0.4])[1:]).all()
+
+
+def test_welch_is_scipys_and_covers_with_unequal_spreads():
+    rng, hits = np.random.default_rng(6), 0
+    for _ in range(600):
+        one, other = rng.normal(0.7, 0.02, 3), rng.normal(0.68, 0.005, 5)
+        found = ag.welch(one, other)
+        hits += found.low <= 0.02 <= found.high
+    assert found.p_value == pytest.approx(stats.ttest_ind(one, other, equal_var=False).pvalue)
+    assert found[:3] == pytest.approx(np.negative(ag.welch(other, one)[:3])[[0, 2, 1]])
+    assert 0.92 <= hits / 600 <= 0.98
+    for sets in (([], [1, 2]), ([1], [1, 2]), ([1, 1], [2, 2])):
+        assert np.isnan(ag.welch(*sets)[1:]).all()
+
+
+def test_the_crossed_bootstrap_covers_where_seeds_and_scans_vary():
+    rng, hits = np.random.default_rng(7), 0
+    groups = np.repeat(np.arange(12), 4)
+    for _ in range(200):
+        scan, gain = rng.normal(0, 0.1, 12), rng.normal(0, 0.03, 12)
+        arms = [0.6 + rng.normal(0, 0.01, (6, 1)) + effect[groups] + rng.normal(0, 0.02, (6, 48))
+                for effect in (scan + gain + 0.05, scan)]
+        found = ag.crossed_bootstrap(*arms, groups, draws=400)
+        hits += found.low <= 0.05 <= found.high
+    assert 0.86 <= hits / 200 <= 0.99  # a percentile interval of six seeds is a little narrow
+    assert found == ag.crossed_bootstrap(*arms, groups, draws=400) != ag.crossed_bootstrap(*arms, groups, draws=400, seed=1)
+    alone = ag.crossed_bootstrap(*arms)
+    assert found.value == alone.value == pytest.approx(arms[0].mean() - arms[1].mean())
+    assert found.high - found.low > 1.3 * (alone.high - alone.low)  # slices of a scan are not new evidence
+
+
+def test_the_crossed_bootstrap_of_one_row_draws_scans_and_leaves_gaps_out():
+    values = np.array([0.2, 0.5, np.nan, 0.9])
+    assert ag.crossed_bootstrap(values).value == pytest.approx(np.nanmean(values))
+    assert ag.crossed_bootstrap(values)[1:] == pytest.approx((0.2, 0.9), abs=0.11)
+    for few in ([[0.5, 0.6]], [[0.5], [0.6]]):
+        assert np.isnan(ag.crossed_bootstrap(few)[1:]).all()
+    assert np.isnan(ag.crossed_bootstrap([1, 2], groups=["a", "a"])[1:]).all()
+    with pytest.raises(ConfigError, match="3 scans"):
+        ag.crossed_bootstrap([[1, 2], [3, 4]], groups=["a", "b", "c"])
+    with pytest.raises(ConfigError, match=r"\[2, 3\] slices"):
+        ag.crossed_bootstrap(np.ones((2, 2)), np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("low, high, direction, margin, outcome", [
+    (0.001, 0.02, "higher", 0, "supported"), (-0.02, -0.001, "higher", 0, "contradicted"),
+    (-0.001, 0.02, "higher", 0, "undecided"), (0, 0.02, "higher", 0, "undecided"),
+    (-0.02, -0.001, "lower", 0, "supported"), (0.001, 0.02, "lower", 0, "contradicted"),
+    (-0.015, 0.008, "higher", 0.02, "supported"), (-0.05, -0.021, "higher", 0.02, "contradicted"),
+    (-0.021, 0.1, "higher", 0.02, "undecided"), (-0.01, 0.015, "lower", 0.02, "supported"),
+    (-0.01, 0.01, "same", 0.02, "supported"), (0.03, 0.04, "same", 0.02, "contradicted"),
+    (-0.04, -0.03, "same", 0.02, "contradicted"), (-0.01, 0.03, "same", 0.02, "undecided"),
+    (np.nan, np.nan, "same", 0.02, "not tested"), (0.1, np.nan, "higher", 0, "not tested"),
+])
+def test_a_statement_has_four_outcomes(low, high, direction, margin, outcome):
+    assert ag.verdict(low, high, direction, margin) == outcome and outcome in ag.OUTCOMES
+
+
+@pytest.mark.parametrize("direction, margin, says", [
+    ("better", 0, "unknown direction"), ("higher", -0.01, "margin"), ("same", 0, "margin"), ("lower", np.nan, "margin")])
+def test_a_statement_that_cannot_be_tested_is_refused(direction, margin, says):
+    with pytest.raises(ConfigError, match=says):
+        ag.verdict(0, 1, direction, margin)
+
+
+def test_wilcoxon_is_paired_two_sided_and_counts_what_it_leaves_out():
+    rng = np.random.default_rng(4)
+    hard = rng.uniform(0.2, 0.9, 30)  # images differ much more than networks
+    better = np.clip(hard + 0.02 + rng.normal(0, 0.01, 30), 0, 1)
+    found = ag.paired_wilcoxon(better, hard)
+    assert found.p_value < 1e-4 and found.median_difference > 0.01 and found.n_pairs == 30
+    assert ag.paired_wilcoxon(hard, better).p_value == found.p_value
+    gaps = better.copy()
+    gaps[[3, 7]] = np.nan
+    assert ag.paired_wilcoxon(gaps, hard)[2:] == (28, 2, 0)
+    assert ag.paired_wilcoxon(hard, hard) == ag.PairedTest(1.0, 0.0, 30, 0, 30)
+    with pytest.raises(ConfigError, match="1 and 2 scores"):
+        ag.paired_wilcoxon([1], [1, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(ag.paired_wilcoxon([np.nan, 1.0], [0.0, np.nan]).p_value)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_the_textbook_procedure(p_values):
+    corrected, m = ag.holm(p_values), len(p_values)
+    for alpha in (0.01, 0.05, 0.2):
+        rejected = set()
+        for i, k in enumerate(sorted(range(m), key=lambda k: p_values[k])):
+            if p_values[k] * (m - i) > alpha:
+                break
+            rejected.add(k)
+        assert {k for k in range(m) if corrected[k] <= alpha} == rejected
+    assert (corrected >= np.array(p_values)).all() and (corrected <= 1).all()
+    np.testing.assert_array_equal(ag.holm([*p_values, np.nan])[:-1], corrected)
