@@ -389,7 +389,7 @@ def severity(path: str, out: str, resume: bool, **words: Any) -> int:
 def export(run: str, out: str, checkpoint: str | None, onnx: bool) -> None:
     """Write the network of RUN (a folder like results/smoke/train_single/unet-seed0) as safetensors, with a
     model card."""
-    from covidsev.method.export import card_path, export_run, import_onnx, load_model, save_onnx
+    from covidsev.method.inference import card_path, export_run, import_onnx, load_model, save_onnx
     from covidsev.core import sha256_file
 
     if onnx:

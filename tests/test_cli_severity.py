@@ -17,7 +17,7 @@ from covidsev.severity.cases import Options, process_cases
 from covidsev.cli import main, parse_cuts, parse_label_maps, parse_pair
 from covidsev.method.unets import build_network
 from covidsev.core import ConfigError
-from covidsev.method.export import ModelInfo, save_model
+from covidsev.method.inference import ModelInfo, save_model
 from covidsev.data.phantom import phantom_volume
 from covidsev.core import run_lock
 

@@ -18,7 +18,7 @@ from covidsev.severity.cases import Options, cached_lungs, list_cases, process_c
 from covidsev.cli import main
 from covidsev.method.unets import build_network
 from covidsev.core import ConfigError, GeometryError, MaskError
-from covidsev.method.export import ModelInfo, save_model
+from covidsev.method.inference import ModelInfo, save_model
 from covidsev.severity.lungs import segment_lungs
 from covidsev.data.phantom import phantom_volume
 from covidsev.core import sha256_file

@@ -37,7 +37,7 @@ from covidsev.core import (
     set_threads,
 )
 from ..data.datasets import load_phantom, mask_edge, to_tensors
-from .inference import fold_batch_norm, iterate_logits
+from .inference import iterate_logits
 from .losses import SideOutputs
 from .metrics import to_levels, toolbox_image, toolbox_thresholds
 from ..core import write_csv
@@ -152,13 +152,12 @@ def _published_evaluation(case: Case, device: torch.device) -> Callable[[], np.n
 
 
 def _our_evaluation(case: Case, device: torch.device, precision: str) -> Callable[[], np.ndarray]:
-    """The evaluation of `covidsev.method.inference`, folded beforehand."""
+    """The evaluation of `covidsev.method.inference`."""
     images = _slices(case)[0].to(device)
     model = _warmed_network(case, device).to(memory_format=torch.channels_last)
-    model = fold_batch_norm(model, (images[:1].float() / 255).contiguous(memory_format=torch.channels_last))
 
     def evaluate() -> np.ndarray:
-        return torch.cat(list(iterate_logits(model, images, case.batch, device, precision=precision))).cpu().numpy()
+        return torch.cat(list(iterate_logits(model, images, batch_size=case.batch, device=device, precision=precision)))[:, 0].cpu().numpy()
 
     return evaluate
 

@@ -30,8 +30,8 @@ __all__ = ['N_CLASSES', 'FORMS', 'LOSS_KINDS', 'PRIOR_SOURCES', 'Predict', 'RECO
            'check_prior', 'DoubleConv', 'UpStep', 'Form', 'MultiClassOutputs', 'MultiClassUNet', 'MultiClassLoss',
            'check_loss', 'smooth_background', 'loss_map', 'weight_map', 'multiclass_loss', 'class_table',
            'balanced_weights', 'fold_assignments', 'Priors', 'check_priors', 'out_of_fold_priors', 'predicted_priors',
-           'training_priors', 'prior_tensor', 'classes_of', 'predict_logits', 'predict_classes', 'class_dice',
-           'dice_table', 'Reconstruction', 'ReconstructionUNet']
+           'training_priors', 'prior_tensor', 'classes_of', 'class_dice', 'dice_table', 'Reconstruction',
+           'ReconstructionUNet']
 
 # %% ../../nbs/2_method/07_multiclass.ipynb #cell-008
 N_CLASSES = len(CLASSES)
@@ -473,40 +473,7 @@ def classes_of(logits: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
     logits = logits if shape is None else resize_map(logits.float(), shape)
     return logits.argmax(dim=1, keepdim=True).to(torch.uint8)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-062
-def _check_batchable(images: Tensor, priors: Tensor) -> None:
-    """ConfigError or GeometryError unless both are stacks of one size, 8-bit images and float priors."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
-        raise ConfigError("images are not uint8 (N, 1, S, S)", found=f"{images.dtype} {tuple(images.shape)}",
-                          fix="use to_tensors")
-    check_prior(images, priors)
-
-
-@torch.inference_mode()
-def predict_logits(model: MultiClassUNet, images: Tensor, priors: Tensor, *, batch_size: int = 8,
-                   device: str | torch.device = "cpu") -> Tensor:
-    """Logits float32 `(N, 3, S, S)` on the CPU, of uint8 images and float priors, both `(N, 1, S, S)`.
-
-    The model is left in eval mode and on `device`."""
-    _check_batchable(images, priors)
-    model = model.to(device).eval()
-    pairs = zip(images.split(batch_size), priors.split(batch_size), strict=True) if len(images) else ()
-    batches = [model(x.to(device).float() / 255, p.to(device)).logits.float().cpu() for x, p in pairs]
-    return torch.cat(batches) if batches else torch.zeros(0, N_CLASSES, *images.shape[-2:])
-
-
-def predict_classes(model: MultiClassUNet, images: Tensor, priors: Tensor, *,
-                    shapes: Sequence[tuple[int, int]] | None = None, batch_size: int = 8,
-                    device: str | torch.device = "cpu") -> list[NDArray[np.uint8]]:
-    """Classes uint8 (H, W) in {0, 1, 2} of each image, at the sizes in `shapes` (None: S x S).
-
-    images uint8, priors float in [0, 1], both `(N, 1, S, S)`; errors as in the network."""
-    logits = predict_logits(model, images, priors, batch_size=batch_size, device=device)
-    shapes = [logits.shape[-2:]] * len(logits) if shapes is None else shapes
-    pairs = zip(logits, shapes, strict=True)
-    return [classes_of(one[None], tuple(shape))[0, 0].numpy() for one, shape in pairs]
-
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-065
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-064
 def class_dice(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike],
                ids: Sequence[str] | None = None) -> "pd.DataFrame":
     """One row for each slice and class: id, class, dice, n_truth and n_pred in pixels.
@@ -525,7 +492,7 @@ def class_dice(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike],
                          "n_truth": counts.tp + counts.fn, "n_pred": counts.tp + counts.fp})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-066
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-065
 def _both_conventions(rows: "pd.DataFrame") -> dict[str, float]:
     """Mean Dice over all slices (empty truth counts 0) and over those with a truth; the number of each."""
     there = rows["n_truth"] > 0
@@ -548,7 +515,7 @@ def dice_table(per_class: "pd.DataFrame") -> "pd.DataFrame":
     mean = both.mean(skipna=False).to_dict() | {name: int(both[name].sum()) for name in counts}
     return pd.DataFrame([{"class": name, **row} for name, row in {"lesion mean": mean, **rows}.items()])
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-070
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-069
 RECONSTRUCTED = ("image", "prior")
 
 

@@ -30,12 +30,12 @@ from ..method.coach import TransferReport
 from ..core import (CLASSES, CONSOLIDATION, GGO, CheckpointError, ConfigError, GeometryError,
                              LeakageError, check_choice, resolve_device, seed_everything)
 from ..data.datasets import KNOWN_SHARED_GROUPS, SliceSet, Splits, to_tensors
-from ..method.inference import predict_slices
+from ..method.inference import iterate_logits, predict_slices
 from ..method.infnet import resize_map
 from ..method.metrics import dsc, per_image, pooled_dice, summarise, toolbox
 from ..method.multiclass import (MultiClassLoss, MultiClassUNet, Priors, balanced_weights, check_priors,
                                  class_dice, class_table, classes_of, fold_assignments, out_of_fold_priors,
-                                 predict_logits, predicted_priors, prior_tensor, training_priors)
+                                 predicted_priors, prior_tensor, training_priors)
 from ..core import sha256_bytes, write_bytes, write_csv, write_json
 from .runs import (START_FILE, Scores, TrainedRun, assert_no_leak, build_started, checkpoint_of,
                            folder_of, identity, known_shared, load_run_data, run_of, run_record, start_from,
@@ -81,7 +81,7 @@ def _maps_of(model: nn.Module, images: list[np.ndarray],
     names = [str(k) for k in range(len(images))]
     blind = SliceSet("images", "unknown", names, images, [np.zeros_like(image) for image in images], names)
     maps = predict_slices(model, blind, settings["size"], settings["batch_size"],
-                          str(resolve_device(settings["device"])))
+                          device=str(resolve_device(settings["device"])))
     return [to_8bit(one).astype(np.float32) / 255 for one in maps]
 
 
@@ -375,8 +375,9 @@ class ClassMaps(NamedTuple):
 def predict_multiclass(run: MultiRun, slices: SliceSet, priors: Priors) -> ClassMaps:
     """Classes and probabilities of slices, given their priors."""
     images, _, maps = multi_tensors(slices, priors, run.settings["size"])
-    logits = predict_logits(run.model, images, maps.float() / 255, batch_size=run.settings["batch_size"],
-                            device=str(resolve_device(run.settings["device"])))
+    batches = iterate_logits(run.model, images, maps, batch_size=run.settings["batch_size"],
+                             device=str(resolve_device(run.settings["device"])))
+    logits = (one.cpu() for batch in batches for one in batch)
     native = [resize_map(one[None], image.shape) for one, image in zip(logits, slices.images, strict=True)]
     return ClassMaps([classes_of(one)[0, 0].numpy() for one in native],
                      [one[0].sigmoid().numpy() for one in native])

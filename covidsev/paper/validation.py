@@ -393,11 +393,10 @@ Segment = Callable[[Sequence[NDArray[np.uint8]], Sequence[NDArray]], list[NDArra
 
 def network_segment(network: Any, size: int, threshold: float, kind: str, *, batch_size: int = 8,
                     device: str = "cpu") -> Segment:
-    """The masks of a trained single-class network, fed as `covidsev.severity.volumes` feeds it.
+    """The masks of a trained single-class network, fed as `segment_scan` feeds it.
 
     kind: of its training slices, "real" or "phantom"; only the real ones were cut to the lungs."""
-    from covidsev.method.inference import predict_slices
-    from covidsev.severity.volumes import as_scan_array, as_volume, lung_box, network_slices
+    from covidsev.method.inference import as_scan_array, as_volume, lung_box, network_slices, predict_slices
 
     def box_of(mask: NDArray) -> tuple[slice, ...]:
         return lung_box(mask) if kind == "real" and np.any(mask) else (slice(None),) * 3
@@ -409,7 +408,7 @@ def network_segment(network: Any, size: int, threshold: float, kind: str, *, bat
         names = [str(k) for k in range(len(seen))]
         slices = SliceSet("pictures", kind, names, seen, [np.zeros_like(one) for one in seen], names)
         masks = []
-        for scan, box, found in zip(scans, boxes, predict_slices(network, slices, size, batch_size, device)):
+        for scan, box, found in zip(scans, boxes, predict_slices(network, slices, size, batch_size, device=device)):
             volume = np.zeros(as_volume(scan.hu).shape, bool)
             volume[box][..., 0] = turn_picture(for_display(found >= threshold, kind))
             masks.append(as_scan_array(volume, scan))
@@ -483,13 +482,15 @@ def trained_segment(weights: str | Path | None, results: str | Path, run: str, *
     do not fit."""
     if weights is None:
         return Trained(bright_segment(), {"network": "none: brightness in the lungs"})
+    from covidsev.method.infnet import load_weights
+    from covidsev.method.training import load_checkpoint
     from covidsev.method.unets import build_network
-    from covidsev.method.inference import load_for_inference
 
     record = read_json(Path(results) / run / "run.json")
     made = record["parameters"]
     check_independent(made)
-    network = load_for_inference(build_network(made["model"], made["backbone"], "scratch"), weights)
+    network = build_network(made["model"], made["backbone"], "scratch")
+    load_weights(network, load_checkpoint(weights)["weights"], weights)
     about = {"network": run, "size": made["size"], "threshold": record["val_threshold"],
              "weights_sha256": sha256_file(weights)}
     return Trained(network_segment(network, about["size"], about["threshold"], record["data"]["kind"],

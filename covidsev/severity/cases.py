@@ -36,7 +36,7 @@ from ..core import (environment, git_commit, read_json, run_lock, sha256_bytes,
 from .reports import batch_html, case_html, csv_text, overlay_figure, png_bytes, region_map
 from ..data.scans import Scan, case_id, find_cases, read_mask_for, read_scan, turn_picture, write_mask
 from .score import MIN_FRACTION, drop_fragments, partition_regions, result_row, score_scan
-from .volumes import Segmenter, load_segmenter, segment
+from ..method.inference import Segmenter, load_segmenter, segment
 
 # %% ../../nbs/3_severity/05_cases.ipynb #cell-005
 TASKS = ("severity", "segment")

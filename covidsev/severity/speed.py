@@ -26,7 +26,7 @@ from ..data.phantom import phantom_volume
 from ..core import write_csv
 from ..data.scans import Scan
 from .score import count_regions, partition_regions, severity
-from .volumes import segment_scan
+from ..method.inference import segment_scan
 
 # %% ../../nbs/3_severity/07_speed.ipynb #cell-005
 class Patient(NamedTuple):

@@ -20,7 +20,7 @@ from covidsev.method.metrics import per_image
 from covidsev.method.multiclass import (FORMS, MultiClassLoss, MultiClassUNet, Priors, balanced_weights, check_labels,
                                  check_priors, class_dice, class_table, classes_of, dice_table,
                                  fold_assignments, loss_map, multiclass_loss, one_hot, out_of_fold_priors,
-                                 predict_classes, predict_logits, predicted_priors, prior_tensor,
+                                 predicted_priors, prior_tensor,
                                  smooth_background, training_priors, weight_map)
 
 
@@ -482,28 +482,6 @@ def test_the_decision_ignores_any_rising_change_of_all_logits(seed, scale, shift
     assert classes.dtype == torch.uint8 and classes.shape == (1, 1, 6, 6)
     for changed in (scale * logits + shift, torch.sigmoid(logits), logits.softmax(1)):
         assert torch.equal(classes_of(changed), classes)
-
-
-def test_predictions_at_native_sizes(small, train):
-    images, _ = to_tensors(train, 64)
-    priors = prior_tensor([np.full((64, 64), 0.5)] * len(train), 64)
-    shapes = [(40 + k, 70 - k) for k in range(len(train))]
-    small.train()
-    found = predict_classes(small, images, priors, shapes=shapes, batch_size=3)
-    assert [one.shape for one in found] == shapes and not small.training
-    assert all(one.dtype == np.uint8 and one.max() <= 2 for one in found)
-    again = predict_classes(small, images, priors, shapes=shapes, batch_size=3)
-    assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
-    assert predict_logits(small, images[:0], priors[:0]).shape == (0, 3, 64, 64)
-
-
-@pytest.mark.parametrize("change, error", [
-    (lambda x, p: (x.float(), p), ConfigError), (lambda x, p: (x, p[:1]), GeometryError),
-    (lambda x, p: (x, p[..., :32]), GeometryError), (lambda x, p: (x, p * 255), IntensityError)])
-def test_bad_stacks(small, change, error):
-    images, priors = torch.zeros(2, 1, 64, 64, dtype=torch.uint8), torch.ones(2, 1, 64, 64)
-    with pytest.raises(error):
-        predict_classes(small, *change(images, priors))
 
 
 # the table

@@ -21,7 +21,7 @@ from covidsev.severity.cases import (MANIFEST, Options, cached_lungs, check_opti
                             process_case, process_cases)
 from covidsev.method.unets import build_network
 from covidsev.core import CheckpointError, ConfigError, GeometryError, MaskError, RunLockedError
-from covidsev.method.export import ModelInfo, save_model
+from covidsev.method.inference import ModelInfo, save_model
 from covidsev.severity.lungs import LungSegmentationError, segment_lungs
 from covidsev.data.phantom import phantom_volume, to_uint8
 from covidsev.core import run_lock, sha256_file
