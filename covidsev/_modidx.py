@@ -1117,6 +1117,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                        'covidsev/method/inference.py'),
                                            'covidsev.method.inference.export_run': ( '2_method/inference.html#export_run',
                                                                                      'covidsev/method/inference.py'),
+                                           'covidsev.method.inference.find_lungs': ( '2_method/inference.html#find_lungs',
+                                                                                     'covidsev/method/inference.py'),
                                            'covidsev.method.inference.fit_temperature': ( '2_method/inference.html#fit_temperature',
                                                                                           'covidsev/method/inference.py'),
                                            'covidsev.method.inference.import_onnx': ( '2_method/inference.html#import_onnx',
