@@ -17,9 +17,6 @@ import pytest
 from hypothesis import settings
 
 from covidsev import core as config
-from covidsev.paper.experiments import import_papermill
-
-import_papermill()  # before a test imports nbformat: the quick way, without a grammar that takes seconds to build
 
 # the same examples in every run: a failure in continuous integration must be one that anybody can repeat
 settings.register_profile("covidsev", deadline=None, derandomize=True, database=None, max_examples=25)

@@ -64,7 +64,6 @@ def test_bugs_are_not_hidden():
     (["reproduce", "--set", "learning_rat=1"], "did you mean 'learning_rate'?"),
     (["reproduce", "--set", "epochs"], "for example: epochs=2"),
     (["reproduce", "--jobs", "0"], "at least 1"),
-    (["reproduce", "--force", "--confirm"], "leave one of them out"),
     (["reproduce", "--seed", "one"], "--seed"),
     (["render", "train_single"], "cannot be rendered"),
     (["render"], "covidsev reproduce --profile smoke"),
@@ -77,7 +76,7 @@ def test_usage_errors(arguments, hint, tmp_path):
     assert not list(tmp_path.rglob("run.json"))
 
 
-@pytest.mark.parametrize("arguments", [["reproduce", "--profile", "cpu"], ["reproduce", "--profile", "paper", "--device", "cpu"],
+@pytest.mark.parametrize("arguments", [["reproduce", "--profile", "cpu", "--allow-dirty"], ["reproduce", "--profile", "paper", "--device", "cpu"],
                                        ["train", "--profile", "cpu"]])
 def test_missing_data_says_how_to_get_them(arguments, tmp_path):
     status, text = call(*arguments, "--data-root", tmp_path, "--out", tmp_path / "out")

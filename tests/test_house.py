@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from covidsev.paper.keys import imports_of, read_module
+from covidsev.paper.experiments import imports_of, library_modules
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -171,7 +171,9 @@ print("loaded:", *sorted({{"torch", "pandas", "matplotlib"}} & set(sys.modules))
 
 def test_imports_go_from_higher_to_lower_numbers():
     order = {shape.module_of(notebook): place for place, notebook in enumerate(LIBRARY)}
-    wrong = [f"{name} imports {other}" for name in order for other in imports_of(read_module(name)) if order[other] >= order[name]]
+    texts = {name: path.read_text(encoding="utf-8") for name, path in library_modules().items() if name in order}
+    wrong = [f"{name} imports {other}" for name, text in texts.items() for other in {module for module, _ in imports_of(text, name)}
+             if order[other] >= order[name]]
     assert not wrong, wrong
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from covidsev.paper import experiments
-from covidsev.core import repo_root
-from covidsev.paper.experiments import Places, check_manifest, load_registry
-from covidsev.core import read_json
+from covidsev.core import read_json, repo_root
+from covidsev.paper import experiments, runner
+from covidsev.paper.experiments import load_registry
+from covidsev.paper.runner import Places, check_sums
 
 TINY = {"epochs": 2, "size": 32, "n_train": 4, "n_test": 4, "val_slices": 2, "warmup_epochs": 0}
 FILES = ("metrics.csv", "per_image.csv", "history.csv")
@@ -52,10 +52,8 @@ def test_run_record_says_what_was_done(made):
     assert {name: record["parameters"][name] for name in TINY} == TINY
     assert record["data"]["kind"] == "phantom" and record["data"]["splits"]["test"]["n"] == 4
     assert record["environment"]["packages"]["torch"] and record["init"] == "scratch"
-    assert set(record["cache"]) == {"parameters", "notebook", "modules", "data", "needs"}
-    modules = record["cache"]["modules"]
-    assert "fit" in modules["covidsev.method.training"] and "covidsev.data.show" not in modules
-    assert "check_covid_semiseg" not in modules["covidsev.data.datasets"]  # in a module that is used, and not reached
+    assert set(record["cache"]) == {"parameters", "notebook", "code", "data", "needs"}
+    assert "train_step" in record["cache"]["code"] and "caption" not in record["cache"]["code"]
     text = (made[0] / "results/smoke/train_single/sinfnet-seed0/run.json").read_text()
     assert str(made[0]) not in text and os.uname().nodename not in text and str(Path.home()) + "/" not in text
 
@@ -87,21 +85,17 @@ def test_explain_names_the_changed_parameter_and_runs_nothing(made):
     assert pd.read_csv(made[0] / "results/smoke/train_single/unet-seed0/history.csv").shape[0] == 2
 
 
-def test_explain_names_changed_library_code_but_not_changed_drawing(made, monkeypatch):
+@pytest.mark.parametrize("name, words, computed", [("structure_loss", "code: structure_loss changed", True), ("caption", "cached", False)])
+def test_explain_names_changed_library_code_but_not_changed_drawing(made, monkeypatch, name, words, computed):
     whole = experiments.source_key
 
-    def edited(module, name):
-        def key(source, without=()):
-            found = whole(source, without)
-            return {**found, module: {**found[module], name: "0" * 16}} if module in found else found
+    def edited(source, without=()):
+        found = whole(source, without)
+        return {**found, name: "0" * 16} if name in found else found
 
-        return key
-
-    monkeypatch.setattr(experiments, "source_key", edited("covidsev.method.losses", "structure_loss"))
-    assert "module covidsev.method.losses: structure_loss changed" in run(made[0], explain=True)[1]
-    monkeypatch.setattr(experiments, "source_key", edited("covidsev.data.show", "caption"))
-    plan, _ = run(made[0], explain=True)
-    assert [bool(each.reasons) for each in plan if each.run.kind == "compute"] == [False, False]
+    monkeypatch.setattr(experiments, "source_key", edited)
+    plan, text = run(made[0], explain=True)
+    assert words in text and [bool(each.reasons) for each in plan if each.run.kind == "compute"] == [computed, computed]
     assert all(each.reasons for each in plan if each.run.kind == "render")
 
 
@@ -115,11 +109,12 @@ def test_changed_output_is_made_again_from_the_rest(made):
     table = made[0] / "results/smoke/tables/table1_test_loss.csv"
     good = table.read_bytes()
     table.write_text("edited by hand")
-    assert check_manifest(Places(made[0]), "smoke") == ["results/smoke/tables/table1_test_loss.csv differs"]
+    assert [(each.path, each.status) for each in check_sums(Places(made[0]), "smoke") if each.status != "exact"] == [
+        ("results/smoke/tables/table1_test_loss.csv", "differs")]
     plan, text = run(made[0])
     assert [each.run.name for each in plan if each.reasons] == ["table1_test_loss"]
     assert "was changed after the run" in text and table.read_bytes() == good
-    assert check_manifest(Places(made[0]), "smoke") == []
+    assert {each.status for each in check_sums(Places(made[0]), "smoke")} == {"exact"}
 
 
 def test_manifest_lists_every_result_file(made):
@@ -165,7 +160,7 @@ def test_another_process_place_locale_and_hash_seed_write_the_same_bytes_offline
 
 def test_real_data_run_end_to_end_writes_no_picture(data_root, tmp_path):
     """Two epochs on the real slices: numbers come out, the maps stay in checkpoints/, no picture reaches figures/."""
-    experiments.reproduce("cpu", ["train_single", "figure_qualitative"], ["unet"], [0], root=tmp_path, data=data_root, echo=lambda line: None,
+    runner.reproduce("cpu", ["train_single", "figure_qualitative"], ["unet"], [0], allow_dirty=True, root=tmp_path, data=data_root, echo=lambda line: None,
                           overrides={"epochs": 1, "size": 64, "warmup_epochs": 0, "n_train": 8, "n_test": 6})
     folder = tmp_path / "results/cpu/train_single/unet-seed0"
     record = read_json(folder / "run.json")

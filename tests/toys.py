@@ -51,3 +51,44 @@ def write_nifti(path: Path, array: Any, affine: Any, **fields: Any) -> Path:
         data = raw.binaryblock + data[348:]
         path.write_bytes(gzip.compress(data) if packed else data)
     return path
+
+
+SETTINGS = 'profile = "smoke"\nrow = "a"\nseed = 0\nepochs = 3\noutput = ""'
+TRAIN = 'profile = "smoke"\nrow = "a"\nseed = 0\nepochs = 3\nstart = ""\noutput = ""\ncheckpoints = ""'
+RECORD = """
+import json, pathlib
+out, kept = pathlib.Path(output), pathlib.Path(checkpoints)
+kept.mkdir(parents=True, exist_ok=True)
+said = {"profile": profile, "row": row, "seed": seed, "epochs": epochs, "start": start}
+(out / "run.json").write_text(json.dumps({"parameters": said, "commit": "abc"}))
+(out / "metrics.csv").write_text(f"{row} {seed} {epochs ** 2}")
+"""
+KEEP = "(kept / 'start.pt').write_text(f'weights {seed}')\n(kept / 'last.pt').write_text('state')"
+DRAW = """
+import json, pathlib
+(pathlib.Path(output) / "run.json").write_text(json.dumps({"parameters": {"profile": profile}}))
+"""
+CHAIN = ["pretext/coach", "priors/fold@0"]
+TOY = "".join([
+    table("profiles.smoke", title="toy", seeds=[0, 1],
+          rows={"train": ["plain", "started", "loop"], "pretext": ["coach", "random"], "priors": ["fold"]}),
+    experiment("table", "table.ipynb", needs=["train"]),
+    experiment("picture", "table.ipynb", needs=CHAIN),
+    experiment("train", rows={
+        "plain": {"parameters": {"row": "plain"}},
+        "started": {"parameters": {"start": "pretext/coach"}, "needs": CHAIN},
+        "loop": {"parameters": {"start": "labels/loop"}, "needs": ["labels/loop"]},
+        "spare": {"needs": ["pretext/spare"]}}),  # named in no profile
+    experiment("pretext", "pretext.ipynb", {"coach": {}, "random": {}, "spare": {}}, keeps=["start.pt"]),
+    experiment("labels", rows={"loop": {"needs": ["train/plain"]}}),
+    experiment("priors", rows={"fold": {}}),
+])
+
+
+def write_toys(folder: Path) -> Path:
+    """A registry with needs of all kinds (toy.toml) and its small notebooks."""
+    write_notebook(folder / "work.ipynb", TRAIN, RECORD)
+    write_notebook(folder / "pretext.ipynb", TRAIN, RECORD, KEEP)
+    write_notebook(folder / "table.ipynb", 'profile = "smoke"\noutput = ""', DRAW)
+    (folder / "toy.toml").write_text(TOY)
+    return folder

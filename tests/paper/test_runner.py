@@ -1,241 +1,537 @@
-"""Where things come from, whether they come out again, and the generated files: names, faults, the same bytes."""
+"""The runner: faults of notebooks with real processes, what is published and kept, why a run is made again, what comes out again, and where things are written."""
+import errno
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import xml.dom.minidom
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
-import yaml
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import experiment, table, write_notebook
+from toys import DRAW, KEEP, RECORD, SETTINGS, TOY, TRAIN, experiment, table, write_notebook, write_toys
 
-from covidsev.paper import runner as lineage
+from covidsev import core
 from covidsev.cli import main
-from covidsev.core import ConfigError, repo_root
-from covidsev.paper.experiments import Places, code_cells, load_registry, resolve, write_manifest
-from covidsev.core import read_json, write_bytes, write_json
+from covidsev.core import (ConfigError, CovidSevError, DataMissingError, NotebookError, RunLockedError, read_json, repo_root, run_lock,
+                           write_bytes, write_json)
+from covidsev.paper import runner
+from covidsev.paper.experiments import Run, cache_parts, load_registry, resolve
+from covidsev.paper.runner import Child, Places, check_sums, compare_bytes, examine, verify, where, write_manifest
 
 ROOT = repo_root()
-
-
-OUTPUTS = [f"tables/table2_dice.{suffix}" for suffix in ("csv", "md", "tex")]
-TOY = "".join([table("profiles.cpu", title="toy", seeds=[0], rows={"train_single": ["sinfnet"]}),
-               experiment("train_single", "train.ipynb", {"sinfnet": {}}),
-               experiment("table2_dice", "table.ipynb", needs=["train_single"], outputs=OUTPUTS)])
-SETTINGS = 'profile = "cpu"\nresults = ""\noutput = ""'
-TABLE = """
-from covidsev.paper import experiments
-from covidsev.paper import tables
-from pathlib import Path
-runs = tables.read_runs(results, "train_single", ["sinfnet"], [0])
-frame = tables.collect(runs)
-tables.save_table(frame, frame.astype(str), Path(output) / "tables" / "table2_dice", "Table", ["NOT TESTED"])
-tables.save_record(Path(output), {"profile": profile}, runs)
+WORK = """
+import json, pathlib
+out = pathlib.Path(output)
+(out / "metrics.csv").write_text(f"metric,value\\nsquare,{epochs ** 2 + seed}\\n")
+(out / "run.json").write_text(json.dumps({"parameters": {"profile": profile, "row": row, "seed": seed, "epochs": epochs}}))
 """
 
 
-@pytest.fixture(scope="module")
-def whole():
-    """The registry of this repository."""
-    return load_registry()
+def toy_run(notebook, outputs=("metrics.csv",), needs=(), kind="compute", seed=0, **parameters):
+    settings = {"profile": "smoke", "row": "a", "seed": seed, "epochs": 3, **parameters}
+    return Run("smoke", "toy", "a", seed, kind, notebook, settings, needs, outputs)
+
+
+def make(run, places, parts=None):
+    """Runs it in a process of its own, as the runner does; returns the seconds, or raises what it raised."""
+    finished = runner.execute_plan([runner.Planned(run, parts or {}, ["test"])], places, echo=lambda line: None)
+    return finished[run.name]
+
+
+def everything_below(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*")
+            if path.is_file() and path.name != ".lock" and not path.name.endswith(".failed.ipynb")}
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory):
-    """A small one: a run, and a table that reads it."""
-    folder = tmp_path_factory.mktemp("registry")
-    (folder / "toy.toml").write_text(TOY)
-    write_notebook(folder / "train.ipynb", SETTINGS)
-    write_notebook(folder / "table.ipynb", SETTINGS, TABLE)
-    return load_registry(folder / "toy.toml")
+def good(tmp_path_factory):
+    """A good run whose results every fault must leave alone."""
+    folder = tmp_path_factory.mktemp("good")
+    make(toy_run(write_notebook(folder / "good.ipynb", SETTINGS, WORK)), Places(folder / "out"))
+    return Places(folder / "out")
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory, registry):
-    """One real run of profile cpu in a folder of its own, with the table drawn from it, and a manifest."""
-    root = tmp_path_factory.mktemp("copy")
-    source = "results/cpu/train_single/sinfnet-seed0"
-    shutil.copytree(ROOT / source, root / source, ignore=shutil.ignore_patterns("executed.ipynb", "*.failed.ipynb"))
-    places, run = Places(root), resolve(registry, "cpu", "table2_dice")
-    made = lineage.rederive(run, places, root / "first")
-    for name in made:
-        write_bytes(places.destination(run, name), (root / "first" / name).read_bytes())
-    record = read_json(root / "first/run.json")
-    write_json(places.folder(run) / "run.json", {**record, "run": run.name, "outputs": dict.fromkeys(run.outputs, "")})
-    write_manifest(places, "cpu")
-    return places
+# --- faults
+
+FAULTS = {
+    "a cell raises": ("raise ValueError('no such slice')", "raised ValueError", "no such slice"),
+    "a cell is no Python": ("def (:", "raised SyntaxError", ""),
+    "its process is killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "died without an answer", "exit status -9"),
+    "sys.exit(0) in the middle": ("import sys; sys.exit(0)", "SystemExit", ""),
+    "os._exit(0) in the middle": ("import os; os._exit(0)", "died without an answer", "exit status 0"),
+    "out of memory on a GPU": ("class OutOfMemoryError(RuntimeError): pass\nraise OutOfMemoryError('CUDA out of memory')", "OutOfMemoryError",
+                               "batch_size"),
+    "parameters changed on the way": ("epochs = 99", "not run with the requested parameters", ""),
+    "output not written": ("import pathlib; write = pathlib.Path.write_text; pathlib.Path.write_text = lambda p, t: "
+                           "None if p.name == 'metrics.csv' else write(p, t)", "did not write metrics.csv", ""),
+    "it deletes its folder": ("import shutil; shutil.rmtree(output)", "raised FileNotFoundError", ""),
+    "it leaves a link": ("import os; os.symlink('/etc/passwd', output + '/stolen.csv')", "must be a regular file", "stolen.csv"),
+    "it leaves a pipe": ("import os; os.mkfifo(output + '/pipe')", "must be a regular file", "pipe"),
+    "it leaves an odd name": ("import pathlib; pathlib.Path(output, '.hidden').write_text('x')", "cannot be the name of a file", ".hidden"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_failed_run_keeps_last_good_output(fault, good, tmp_path):
+    code, what, detail = FAULTS[fault]
+    before, bad = everything_below(good.root), toy_run(write_notebook(tmp_path / "bad.ipynb", SETTINGS, code, WORK))
+    with pytest.raises(CovidSevError, match=what.replace("(", r"\(")) as caught:
+        make(bad, good)
+    assert detail in str(caught.value) and "Traceback" not in str(caught.value)
+    assert everything_below(good.root) == before and not list(good.root.rglob("*.partial"))
+    assert "process" in fault or "_exit" in fault or (good.folder(bad) / "toy.failed.ipynb").is_file()
+
+
+def test_a_folder_that_is_gone_at_the_end_is_said(good, tmp_path):
+    before = everything_below(good.root)
+    with pytest.raises(NotebookError, match="did not write run.json"):
+        make(toy_run(write_notebook(tmp_path / "bad.ipynb", SETTINGS, WORK, "import shutil; shutil.rmtree(output)")), good)
+    assert everything_below(good.root) == before
+
+
+def test_a_cell_that_sleeps_for_ever_is_stopped(good, tmp_path):
+    before, started = everything_below(good.root), time.monotonic()
+    sleeper = toy_run(write_notebook(tmp_path / "bad.ipynb", SETTINGS, "import subprocess; subprocess.run(['sleep', '600'])"))
+    with pytest.raises(NotebookError, match="stopped after 0.05 minutes(.|\n)*--minutes"):
+        make(replace(sleeper, minutes=0.05), good)
+    assert time.monotonic() - started < 60 and everything_below(good.root) == before
+    with run_lock(good.folder(sleeper)):  # nothing that it started holds its lock
+        pass
+
+
+def test_a_hundred_megabytes_of_printing_are_kept_short(tmp_path):
+    places = Places(tmp_path / "out")
+    loud = "for _ in range(100):\n    print('x' * 1_000_000)\nimport sys; sys.stderr.write('y' * 9); import os; os.write(1, b'z')"
+    run = toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, loud, WORK))
+    make(run, places)
+    executed = places.folder(run) / "executed.ipynb"
+    assert executed.stat().st_size < 3_000_000 and "99,000,100 more characters" in executed.read_text()
+    assert '"yyyyyyyyy"' in executed.read_text()
+
+
+def test_failed_notebook_is_removed_by_the_next_success(tmp_path):
+    places = Places(tmp_path / "out")
+    with pytest.raises(NotebookError, match="toy.failed.ipynb"):
+        make(toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, "1 / 0")), places)
+    failed = places.folder(toy_run(tmp_path)) / "toy.failed.ipynb"
+    assert "ZeroDivisionError" in failed.read_text()
+    make(toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, WORK)), places)
+    assert not failed.exists()
+
+
+def test_what_a_cell_shows_is_in_the_executed_notebook(tmp_path):
+    places = Places(tmp_path / "out")
+    cell = "from IPython.display import display\nimport pandas\ndisplay('shown')\nprint('printed')\npandas.DataFrame({'dice': [1]})"
+    run = toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, WORK, cell))
+    make(run, places)
+    outputs = read_json(places.folder(run) / "executed.ipynb")["cells"][-1]["outputs"]
+    assert [each["output_type"] for each in outputs] == ["stream", "display_data", "display_data"]
+    assert "<table" in "".join(outputs[2]["data"]["text/html"])
+
+
+def test_another_kernel_and_another_copy_are_never_used(tmp_path, monkeypatch):
+    """A kernelspec `python3` of another Python with another copy of covidsev: this interpreter and this copy run."""
+    kernel, other = tmp_path / "kernels/python3", tmp_path / "other/covidsev"
+    shutil.copytree(ROOT / "covidsev", other)
+    (other / "__init__.py").write_text(f"open({str(tmp_path / 'WRONG')!r}, 'a').write('x')\n")
+    kernel.mkdir(parents=True)
+    (kernel / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "Other", "language": "python",
+                                                    "env": {"PYTHONPATH": str(tmp_path / "other")}}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    write_notebook(tmp_path / "n.ipynb", SETTINGS, WORK,
+                   "import sys, covidsev; (out / 'metrics.csv').write_text(sys.executable + ' ' + covidsev.__file__)")
+    run, places = toy_run(tmp_path / "n.ipynb"), Places(tmp_path / "out")
+    make(run, places)
+    assert (places.folder(run) / "metrics.csv").read_text() == f"{sys.executable} {ROOT / 'covidsev' / '__init__.py'}"
+    assert not (tmp_path / "WRONG").exists()
+
+
+def test_a_child_with_another_copy_refuses(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "LIBRARY", tmp_path)
+    with pytest.raises(NotebookError, match="another copy of covidsev would run"):
+        Child("run_in_child", toy_run(tmp_path / "n.ipynb"), tmp_path, {}, "").result()
+
+
+def test_failed_render_leaves_figures_alone(tmp_path):
+    places, picture = Places(tmp_path / "out"), tmp_path / "out/figures/smoke/toy.svg"
+    write_bytes(picture, b"the last good figure")
+    broken = """
+    import pathlib
+    figure = pathlib.Path(output, "figures", "toy.svg")
+    figure.parent.mkdir()
+    figure.write_text("half a fig")
+    raise RuntimeError
+    """
+    with pytest.raises(NotebookError):
+        make(toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, broken), kind="render"), places)
+    assert picture.read_text() == "the last good figure"
+
+
+def test_second_run_on_one_folder_is_locked_out_and_a_killed_one_is_not(good, tmp_path):
+    before, run = everything_below(good.root), toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, WORK))
+    hold = f"from covidsev.core import run_lock; import time\nwith run_lock({str(good.folder(run))!r}):\n print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(RunLockedError, match=f"process {holder.pid} on ") as caught:
+        make(run, good)
+    assert caught.value.exit_code == 4 and everything_below(good.root) == before
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    make(run, good)
+
+
+# --- publishing
+
+def test_a_full_disk_keeps_the_last_good_result_and_the_manifest(tmp_path, monkeypatch):
+    """The third file that is written beside its place meets a full disk: nothing is new, nothing is mixed, the manifest is the old one."""
+    toys = write_toys(tmp_path)
+    reproduce(toys, "train", rows=["plain"], seeds=[0])
+    before = everything_below(toys / "out")
+    write_notebook(toys / "work.ipynb", TRAIN, RECORD.replace("epochs ** 2", "epochs ** 3"))
+    plan = examine(plan_of(toys, "train", rows=["plain"], seeds=[0]), Places(toys / "out"))
+    fsync, count = os.fsync, []
+
+    def full(handle):
+        count.append(handle)
+        if len(count) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(runner.Child, "__init__", lambda self, work, *job, minutes=0: setattr(self, "job", job))
+    monkeypatch.setattr(runner.Child, "finished", lambda self: True)
+
+    def here(self):
+        try:
+            return runner.run_in_child(*self.job)
+        except OSError as error:
+            kind, what, details = runner._described(error)
+            raise getattr(core, kind)(what, **details) from None
+
+    monkeypatch.setattr(runner.Child, "result", here)
+    with pytest.raises(CovidSevError, match="cannot be written: No space left on device(.|\n)*plain-seed0"):
+        runner.execute_plan(plan, Places(toys / "out"), echo=lambda line: None)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert everything_below(toys / "out") == before
+    assert {each.status for each in check_sums(Places(toys / "out"), "smoke")} == {"exact"}
+
+
+def test_a_run_that_fails_leaves_the_manifest_as_it_was(tmp_path):
+    toys = write_toys(tmp_path)
+    reproduce(toys, "train", rows=["plain"], seeds=[0])
+    before = (toys / "out/results/smoke/manifest.json").read_bytes()
+    write_notebook(toys / "work.ipynb", TRAIN, RECORD, "1 / 0")
+    with pytest.raises(NotebookError, match="ZeroDivisionError"):
+        reproduce(toys, "train", rows=["plain"], seeds=[0, 1])
+    assert (toys / "out/results/smoke/manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["../../victim", "/etc/victim", ".hidden", "tables/../../../victim", ""])
+def test_a_record_cannot_make_a_run_touch_what_is_not_its_own(tmp_path, name):
+    victim, run = tmp_path / "out/victim", toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, WORK))
+    write_bytes(victim, b"untouched")
+    places = Places(tmp_path / "out")
+    write_json(places.folder(run) / "run.json", {"run": run.name, "outputs": {name: "0" * 64}, "cache": {}, "key": "x"})
+    for work in (lambda: examine([run], places), lambda: make(run, places), lambda: write_manifest(places, "smoke")):
+        with pytest.raises(ConfigError, match="cannot be the name of a file(.|\n)*run.json"):
+            work()
+    assert victim.read_bytes() == b"untouched"
+
+
+def test_a_manifest_cannot_name_what_lies_elsewhere(tmp_path):
+    write_json(tmp_path / "results/smoke/manifest.json", {"files": [{"path": "../../etc/passwd", "sha256": "0"}]})
+    with pytest.raises(ConfigError, match="cannot be the name of a file"):
+        check_sums(Places(tmp_path), "smoke")
+
+
+def test_interrupted_publication_is_noticed(tmp_path):
+    """A crash between two files leaves hashes that do not fit: the run is stale, not half new."""
+    run, places = toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, WORK)), Places(tmp_path / "out")
+    parts = cache_parts(run, {}, {})
+    make(run, places, parts)
+    assert runner.stale_reasons(run, places, parts) == []
+    (places.folder(run) / "metrics.csv").write_text("from a newer run")
+    assert runner.stale_reasons(run, places, parts) == ["metrics.csv was changed after the run"]
+    (places.folder(run) / "run.json").write_text("{ half")
+    assert runner.stale_reasons(run, places, parts) == ["never run"]
+
+
+def test_outputs_that_are_no_longer_written_disappear(tmp_path):
+    places, more = Places(tmp_path / "out"), WORK + "(out / 'extra.csv').write_text('x')\n"
+    for work, there in ((more, True), (WORK, False)):
+        make(toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, work)), places)
+        assert (places.folder(toy_run(tmp_path)) / "extra.csv").is_file() == there
+
+
+def test_run_records_say_no_time_place_or_user(good):
+    text = (good.folder(toy_run(good.root)) / "run.json").read_text()
+    assert str(good.root) not in text and os.uname().nodename not in text
+    assert set(json.loads(text)) == {"parameters", "run", "outputs", "cache", "key"}
+
+
+# --- plans that run
+
+def registry_of(toys):
+    return load_registry(toys / "toy.toml")
+
+
+def plan_of(toys, *only, **options):
+    return runner.plan_runs(registry_of(toys), "smoke", only or None, **options)
+
+
+def reproduce(toys, *only, **options):
+    """`reproduce` with the toy registry below toys/out; returns run name -> reasons, and what was printed."""
+    lines = []
+    plan = runner.reproduce("smoke", only or None, root=toys / "out", registry=registry_of(toys), echo=lines.append, **options)
+    return {each.run.name: each.reasons for each in plan}, "\n".join(lines)
 
 
 @pytest.fixture
-def faulty(copy, tmp_path):
-    """Another copy of it, to damage."""
-    shutil.copytree(copy.root / "results", tmp_path / "results")
-    return Places(tmp_path)
+def toys(tmp_path):
+    return write_toys(tmp_path)
 
 
-def statuses(places, registry, **options):
-    checks = lineage.verify("cpu", ["table2"], places.root, registry, **options)
-    return {(each.path.rpartition("table2_dice")[2], each.how): each.status for each in checks if "tables/table2_dice" in each.path}
+def test_side_by_side_runs_overlap_and_respect_needs(tmp_path):
+    slow = write_notebook(tmp_path / "slow.ipynb", SETTINGS, "import time; started = time.time(); time.sleep(2)", WORK,
+                          "(out / 'span.txt').write_text(f'{started} {time.time()}')")
+    runs = [toy_run(slow, seed=0), toy_run(slow, seed=1), toy_run(slow, seed=2, needs=("toy/a-seed0",))]
+    places = Places(tmp_path / "out")
+    runner.execute_plan(examine(runs, places), places, jobs=3, echo=lambda line: None)
+    spans = [tuple(map(float, (places.folder(run) / "span.txt").read_text().split())) for run in runs]
+    assert spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
+    assert spans[2][0] >= spans[0][1]
 
 
-def test_two_renders_give_the_same_bytes(copy, registry):
-    run = resolve(registry, "cpu", "table2_dice")
-    made = lineage.rederive(run, copy, copy.root / "second")
-    assert {name for name in made if "/" in name} == set(run.outputs)
-    for name in run.outputs:
-        assert (copy.root / "first" / name).read_bytes() == (copy.root / "second" / name).read_bytes(), name
+def test_a_run_waits_where_memory_is_short(tmp_path):
+    run, places = toy_run(tmp_path / "n.ipynb"), Places(tmp_path)
+    write_json(places.folder(run) / "timing.json", {"seconds": 1, "peak_mib": 10**9})
+    each = runner.Planned(run, {}, [])
+    assert [runner._fits(each, places, active, 4) for active in (0, 1)] == [True, False]
+    write_json(places.folder(run) / "timing.json", {"seconds": 1, "peak_mib": 1})
+    assert [runner._fits(each, places, active, 4) for active in (1, 3, 4)] == [True, True, False]
 
 
-def test_figures_come_out_with_the_same_bytes_in_another_process_zone_and_locale(copy, whole, tmp_path):
-    run = resolve(whole, "cpu", "figure_learning_curves")
-    lineage.rederive(run, copy, tmp_path / "here")
-    code = ("import sys; from pathlib import Path; from covidsev.paper.runner import rederive; from covidsev.paper.experiments import *; "
-            "rederive(resolve(load_registry(), 'cpu', 'figure_learning_curves'), Places(Path(sys.argv[1])), Path(sys.argv[2]))")
-    subprocess.run([sys.executable, "-c", code, str(copy.root), str(tmp_path / "there")], check=True, cwd=ROOT,
-                   env={**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"})
-    for name in run.outputs:
-        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
+def test_the_time_that_is_left_is_known_from_earlier_runs(tmp_path):
+    run, places, lines = toy_run(tmp_path / "n.ipynb"), Places(tmp_path), []
+    write_json(places.folder(run) / "timing.json", {"seconds": 600})
+    plan = [runner.Planned(toy_run(tmp_path / "n.ipynb", seed=seed), {}, []) for seed in range(5)]
+    report = runner._reporter(plan, places, 2, lines.append)
+    for each in plan:
+        report(each, 1.0)
+    assert [line.partition("about ")[2] for line in lines] == ["20 min left", "15 min left", "10 min left", "5 min left", ""]
 
 
-def test_untouched_results_are_exact_and_nothing_is_written(copy, registry):
-    before = {path: path.stat().st_mtime_ns for path in (copy.root / "results").rglob("*")}
-    found = statuses(copy, registry)
+def test_a_chain_runs_in_order_and_keys_follow_it(toys):
+    _, text = reproduce(toys, "train", rows=["started"], seeds=[1], jobs=2)
+    assert text.index("pretext/coach-seed1 ·") < text.index("train/started-seed1 ·")
+    record, pretext = (read_json(toys / f"out/results/smoke/{name}-seed1/run.json") for name in ("train/started", "pretext/coach"))
+    assert set(record["cache"]["needs"]) == {"pretext/coach-seed1", "priors/fold-seed0"}
+    assert record["cache"]["needs"]["pretext/coach-seed1"] == pretext["key"]
+    kept = toys / "out/checkpoints/smoke/pretext/coach-seed1" / pretext["key"][:12]
+    assert [path.name for path in kept.iterdir()] == ["start.pt"]  # and not last.pt
+    listed = read_json(toys / "out/results/smoke/manifest.json")
+    about = listed["runs"]["train/started-seed1"]
+    assert (about["notebook"], about["commit"], about["parameters"]["start"]) == ("work.ipynb", "abc", "pretext/coach")
+    assert about["inputs"] == ["pretext/coach-seed1", "priors/fold-seed0"]
+    assert {entry["made_by"] for entry in listed["files"]} == set(listed["runs"])
+    write_notebook(toys / "pretext.ipynb", TRAIN, RECORD, KEEP, "1")
+    plan, _ = reproduce(toys, "train", rows=["started"], seeds=[1], explain=True)
+    assert plan["priors/fold-seed0"] == [] and plan["train/started-seed1"] == ["need pretext/coach-seed1 changed"]
+
+
+def test_kept_files_are_made_again_only_if_something_starts_from_them(toys):
+    reproduce(toys, "train", rows=["started"], seeds=[1])
+    for path in (toys / "out/checkpoints").rglob("start.pt"):
+        path.unlink()
+    plan, _ = reproduce(toys, "train", rows=["started"], seeds=[1])
+    assert plan == {"pretext/coach-seed1": [], "priors/fold-seed0": [], "train/started-seed1": []}
+    (toys / "out/results/smoke/train/started-seed1/metrics.csv").unlink()
+    plan, _ = reproduce(toys, "train", rows=["started"], seeds=[1])
+    assert plan["pretext/coach-seed1"] == ["start.pt is not here"] and plan["priors/fold-seed0"] == []
+    assert len(list((toys / "out/checkpoints").rglob("start.pt"))) == 1
+    assert not any(reproduce(toys, "train", rows=["started"], seeds=[1], explain=True)[0].values())
+
+
+def test_a_run_that_keeps_or_had_less_than_it_should_fails(toys):
+    write_notebook(toys / "pretext.ipynb", TRAIN, RECORD)
+    with pytest.raises(NotebookError, match="did not write start.pt"):
+        reproduce(toys, "pretext", rows=["coach"], seeds=[0])
+    (toys / "toy.toml").write_text(TOY + "\n[profiles.smoke.expects.train]\nn_train = 50\n")
+    for had, enough in ((24, False), (50, True)):
+        write_notebook(toys / "work.ipynb", TRAIN, RECORD.replace('"commit": "abc"', f'"n_train": {had}'))
+        if enough:
+            reproduce(toys, "train", rows=["plain"], seeds=[0])
+        else:
+            with pytest.raises(NotebookError, match="less than its title promises(.|\n)*n_train: 24, not 50"):
+                reproduce(toys, "train", rows=["plain"], seeds=[0])
+            assert not list((toys / "out/results").rglob("metrics.csv"))
+
+
+def test_a_figure_with_nothing_to_show_is_skipped_with_a_line_unless_it_was_asked_for(toys):
+    nothing = 'from covidsev.core import DataMissingError\nraise DataMissingError("no run has been made")'
+    write_notebook(toys / "table.ipynb", 'profile = "smoke"\noutput = ""', nothing)
+    plan, text = reproduce(toys, rows=["plain", "coach", "fold"], seeds=[0], jobs=2)
+    assert "table · skipped: table has nothing to show yet" in text and "train/plain-seed0 · 0 s" in text
+    assert not list((toys / "out").rglob("*.failed.ipynb")) and not list((toys / "out").rglob("*.partial"))
+    reproduce(toys, "table", "picture", render_only=True, force=True, strict=False)  # as `covidsev render` draws all
+    with pytest.raises(DataMissingError, match="nothing to show yet"):
+        reproduce(toys, "table", render_only=True, force=True)
+
+
+def test_code_that_no_commit_holds_is_refused_where_it_must_be_committed(toys, monkeypatch):
+    (toys / "toy.toml").write_text(TOY.replace('title = "toy"', 'title = "toy"\ncommitted = true'))
+    monkeypatch.setattr(runner, "git_commit", lambda: "abc-dirty")
+    with pytest.raises(ConfigError, match="changes that none holds(.|\n)*--allow-dirty"):
+        reproduce(toys, "train", rows=["plain"], seeds=[0])
+    assert not (toys / "out").exists()
+    reproduce(toys, "train", rows=["plain"], seeds=[0], explain=True)
+    reproduce(toys, "train", rows=["plain"], seeds=[0], allow_dirty=True)
+    assert read_json(toys / "out/results/smoke/train/plain-seed0/run.json")["allow_dirty"] is True
+    reproduce(toys, "train", rows=["plain"], seeds=[0])  # nothing to run, nothing to refuse
+    monkeypatch.setattr(runner, "git_commit", lambda: "abc")
+    reproduce(toys, "train", rows=["plain"], seeds=[1])
+    assert "allow_dirty" not in read_json(toys / "out/results/smoke/train/plain-seed1/run.json")
+
+
+def test_real_profiles_never_fall_back_to_the_phantom_or_the_cpu(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    silence = {"root": tmp_path / "out", "data": tmp_path, "echo": lambda line: None, "allow_dirty": True}
+    with pytest.raises(ConfigError, match="--device cpu"):
+        runner.reproduce("paper", **silence)
+    for profile, changes in (("cpu", None), ("paper", {"device": "cpu"})):
+        with pytest.raises(DataMissingError, match="covidsev data get covid-semiseg"):
+            runner.reproduce(profile, overrides=changes, **silence)
+    assert not (tmp_path / "out").exists()
+
+
+# --- verify
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A run and a table that shows it, made by a toy registry."""
+    folder = tmp_path_factory.mktemp("drawn")
+    (folder / "toy.toml").write_text("".join([
+        table("profiles.smoke", title="toy", seeds=[0], rows={"train": ["plain"]}), experiment("train", rows={"plain": {}}),
+        experiment("table", "table.ipynb", needs=["train"], outputs=[f"tables/t.{end}" for end in ("csv", "md", "svg")])]))
+    write_notebook(folder / "work.ipynb", TRAIN, RECORD)
+    write_notebook(folder / "table.ipynb", 'profile = "smoke"\nresults = ""\noutput = ""', """
+        import pathlib, uuid
+        number = float(pathlib.Path(results, "train/plain-seed0/metrics.csv").read_text().split()[-1])
+        place = pathlib.Path(output, "tables")
+        place.mkdir()
+        place.joinpath("t.csv").write_text(f"x,{number + 1e-9}")
+        place.joinpath("t.md").write_text("supported")
+        name = uuid.uuid4().hex
+        place.joinpath("t.svg").write_text(f'<svg><clipPath id="p{name}"/><g clip-path="url(#p{name})"/></svg>')
+    """, DRAW)
+    reproduce(folder)
+    return folder
+
+
+@pytest.fixture
+def faulty(drawn, tmp_path):
+    """A copy of it, to damage."""
+    shutil.copytree(drawn / "out", tmp_path / "out")
+    for name in ("toy.toml", "work.ipynb", "table.ipynb"):
+        shutil.copy(drawn / name, tmp_path)
+    return tmp_path
+
+
+def statuses(toys):
+    checks = verify("smoke", ["table"], toys / "out", registry_of(toys))
+    return {(each.path.rpartition("/t.")[2], each.how): each.status for each in checks if "/t." in each.path}
+
+
+def test_untouched_results_come_out_again_and_nothing_is_written(drawn):
+    before = {path: path.stat().st_mtime_ns for path in drawn.rglob("*")}
+    found = statuses(drawn)
+    assert found.pop(("svg", "drawn again")) == "close"  # other ids, the same picture
     assert set(found.values()) == {"exact"} and {how for _, how in found} == {"checksum", "drawn again"}
-    assert {path: path.stat().st_mtime_ns for path in (copy.root / "results").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in drawn.rglob("*")} == before
 
 
-def test_each_fault_has_its_status(faulty, registry):
-    folder = faulty.results("cpu") / "tables"
-    (folder / "table2_dice.tex").unlink()
-    (folder / "table2_dice.md").write_text((folder / "table2_dice.md").read_text(encoding="utf-8").replace("NOT TESTED", "PASS"), encoding="utf-8")
-    found = statuses(faulty, registry)
-    assert found[".tex", "checksum"] == found[".tex", "drawn again"] == "missing"
-    assert found[".md", "checksum"] == found[".md", "drawn again"] == "differs"
-    assert found[".csv", "checksum"] == found[".csv", "drawn again"] == "exact"
-    done = CliRunner().invoke(main, ["verify", "--profile", "cpu", "--sums", "--out", str(faulty.root)])
-    assert done.exit_code == 1 and "table2_dice.md differs" in done.output and "1 missing" in done.output
+def test_each_fault_has_its_status(faulty):
+    folder = faulty / "out/results/smoke/tables"
+    (folder / "t.svg").unlink()
+    (folder / "t.md").write_text("undecided")
+    found = statuses(faulty)
+    assert found["svg", "checksum"] == found["svg", "drawn again"] == "missing"
+    assert found["md", "checksum"] == found["md", "drawn again"] == "differs"
+    assert found["csv", "checksum"] == found["csv", "drawn again"] == "exact"
+    done = CliRunner().invoke(main, ["verify", "--profile", "smoke", "--sums", "--out", str(faulty / "out")])
+    assert done.exit_code == 1 and "t.md differs" in done.output and "1 missing" in done.output
 
 
-def test_changed_run_shows_in_the_table_that_reads_it(faulty, registry):
-    path = faulty.results("cpu") / "train_single/sinfnet-seed0/metrics.csv"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join(line if not line.startswith("test,dice,") else "test,dice,0.987654321,12" for line in lines) + "\n")
-    assert statuses(faulty, registry)[".csv", "drawn again"] == "differs"
+def test_changed_run_shows_in_the_table_that_reads_it_and_a_missing_one_says_why(faulty):
+    path = faulty / "out/results/smoke/train/plain-seed0/metrics.csv"
+    path.write_text("plain 0 10")
+    assert statuses(faulty)["csv", "drawn again"] == "differs"
+    path.unlink()
+    checks = [each for each in verify("smoke", ["table"], faulty / "out", registry_of(faulty)) if each.how == "drawn again"]
+    assert checks and all(each.status == "missing" and "FileNotFoundError" in each.detail for each in checks)
 
 
-def test_render_that_fails_is_missing_and_says_why(faulty, registry):
-    shutil.rmtree(faulty.results("cpu") / "train_single")
-    checks = [each for each in lineage.verify("cpu", ["table2"], faulty.root, registry) if each.how == "drawn again"]
-    assert checks and all(each.status == "missing" and "DataMissingError" in each.detail for each in checks)
+def test_figures_come_out_with_the_same_bytes_in_another_process_zone_and_locale(tmp_path):
+    code = ("import sys; from pathlib import Path; from covidsev.paper.runner import *; from covidsev.paper.experiments import *; "
+            "run = resolve(load_registry(), 'smoke', 'figure_augmentation'); run_notebook(run, Places(Path(sys.argv[1])), {})")
+    for folder, seed, zone, locale in (("a", "1", "UTC", "C.UTF-8"), ("b ü", "7", "Asia/Tokyo", "C")):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / folder)], check=True, cwd=ROOT,
+                       env={**os.environ, "PYTHONHASHSEED": seed, "TZ": zone, "LC_ALL": locale})
+    one, other = ({path.name: path.read_bytes() for path in (tmp_path / folder / "figures").rglob("*.*")} for folder in ("a", "b ü"))
+    assert one == other and one
 
 
 @given(st.floats(-1e3, 1e3), st.floats(0, 1e-3))
 def test_numbers_are_close_or_not_by_their_tolerance(value, shift):
-    status, _ = lineage.compare_bytes("a.csv", f"x,{value!r}".encode(), f"x,{value + shift!r}".encode())
+    status, _ = compare_bytes("a.csv", f"x,{value!r}".encode(), f"x,{value + shift!r}".encode())
     apart = abs(shift) / max(1, abs(value))
     assert status in ("exact", "close") if apart < 0.9e-6 else status != "exact"
     if apart > 1.1e-6:
         assert status == "differs"
 
 
+# --- where
+
 @pytest.mark.parametrize("name", ["covidsev.method.infnet.InfNet", "infnet.InfNet", "InfNet"])
 def test_where_names_the_cell_that_holds_the_definition(name):
-    origin, = lineage.where(name)
+    origin, = where(name)
     cell = read_json(ROOT / origin.notebook)["cells"][origin.cell]
-    assert origin.notebook == "nbs/2_method/03_infnet.ipynb" and "class InfNet(" in "".join(cell["source"])
+    assert origin.notebook.endswith("_infnet.ipynb") and "class InfNet(" in "".join(cell["source"])
     assert "covidsev/method/infnet.py line " in origin.what
 
 
-def test_where_finds_every_exported_name():
-    """One call a module would read all of them each time: the parts of `where` are asked for all names instead."""
-    for path in sorted((ROOT / "covidsev").glob("[a-z]*.py")):
-        known = lineage._definitions(path.read_text(encoding="utf-8"))
-        for name in list(known)[:1] + list(known)[-1:]:
-            assert lineage._where_defined(path, name, ROOT).notebook.startswith("nbs/"), name
+@pytest.mark.parametrize("name, kind", [("infnet", "module"), ("covidsev.method.infnet", "module"), ("06_experiments", "notebook"),
+                                        ("06_experiments.ipynb", "notebook"), ("InfNet.forward", "method"), ("TOLERANCES", "value"),
+                                        ("table2", "Table II"), ("results/cpu/train_single/unet-seed0/metrics.csv", "Train"),
+                                        ("figures/cpu/learning_curves_beyond.svg", "writes figures")])
+def test_where_finds_what_has_a_plain_name(name, kind):
+    assert any(kind in origin.what for origin in where(name))
 
 
-def test_where_finds_tables_figures_and_files(whole):
-    registry = whole
+def test_where_finds_tables_and_figures_by_the_cell_that_saves_them():
+    registry = load_registry()
     for each in registry.experiments.values():
-        origin = lineage.where(each.name, registry)[0]
+        origin = where(each.name, registry)[0]
         assert (ROOT / origin.notebook) == each.notebook
-        if each.kind == "render":
-            source = "".join(read_json(each.notebook)["cells"][origin.cell]["source"])
-            assert "save_" in source
-    assert lineage.where("figures/cpu/learning_curves_beyond.svg", registry)[0].name == "figure_learning_curves"
-    assert lineage.where("results/cpu/train_single/unet-seed0/metrics.csv", registry)[0].name == "train_single"
+        assert each.kind == "compute" or "save_" in "".join(read_json(each.notebook)["cells"][origin.cell]["source"])
 
 
-@pytest.mark.parametrize("name, hint", [("InfNte", "did you mean 'InfNet'"), ("infnet.InfNte", "did you mean 'InfNet'"),
-                                        ("figures/cpu/none.png", "no experiment of the registry")])
+@pytest.mark.parametrize("name, hint", [("InfNte", "did you mean 'InfNet'"), ("infnet.InfNte", "did you mean"), ("infnte", "did you mean 'infnet'"),
+                                        ("tabel2_dice", "did you mean 'table2_dice'"), ("figures/cpu/none.png", "no experiment of the registry")])
 def test_where_says_what_might_have_been_meant(name, hint):
     with pytest.raises(ConfigError, match=hint):
-        lineage.where(name)
+        where(name)
 
 
 def test_where_loads_no_torch():
     code = "import sys; from covidsev.paper.runner import where; where('InfNet'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "False", done.stderr
-
-
-def test_graph_holds_every_experiment_and_its_needs(whole):
-    registry = whole
-    graph = lineage.lineage_graph(registry)
-    for each in registry.experiments.values():
-        assert (f"nb_{each.name}", each.name) in graph.arrows
-        for need in each.needs:
-            assert (need.partition("/")[0], f"nb_{each.name}") in graph.arrows
-    assert lineage.as_mermaid(graph).count("-->") == lineage.as_dot(graph).count("->") == len(graph.arrows)
-    assert lineage.depths(graph)["table2_dice"] > lineage.depths(graph)["train_single"]
-
-
-def test_graph_as_svg_is_a_picture_with_the_same_bytes(whole):
-    graph = lineage.lineage_graph(whole, ["table3"])
-    text = lineage.graph_text(graph, "svg")
-    assert text == lineage.graph_text(graph, "svg")
-    assert xml.dom.minidom.parseString(text).documentElement.tagName == "svg"
-
-
-def test_generated_files_are_the_committed_ones():
-    for name, text in lineage.metadata_files().items():
-        assert (ROOT / name).is_file() and (ROOT / name).read_text(encoding="utf-8") == text, f"run: covidsev metadata ({name})"
-
-
-PRINTABLE = st.characters(blacklist_categories=("Cs", "Cc", "Zl", "Zp"))  # control characters and line separators are no metadata
-TREES = st.recursive(st.text(PRINTABLE) | st.integers() | st.none() | st.booleans(),
-                     lambda inner: st.lists(inner) | st.dictionaries(st.text("abc-_ :#", min_size=1), inner), max_leaves=8)
-
-
-@given(st.dictionaries(st.sampled_from(["version", "title", "authors"]), TREES))
-def test_yaml_is_read_back_as_it_was(tree):
-    again = yaml.safe_load(lineage._yaml(tree))
-    assert again == tree and list(again) == list(tree)
-
-
-def test_generated_yaml_is_yaml(whole):
-    registry, read = whole, lambda name: yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
-    citation, check = read("CITATION.cff"), read("codecheck.yml")
-    source = lineage.read_checklists(ROOT)["citation"]
-    assert citation["references"] == source["references"] and citation["keywords"] == source["keywords"]
-    assert citation["version"] == lineage.read_settings(ROOT)["version"] and isinstance(citation["version"], str)
-    assert citation["cff-version"] == "1.2.0" and len(citation["references"]) == 2
-    assert len(citation["references"][0]["authors"]) == len(check["paper"]["authors"]) == 5
-    rendered = [name for each in registry.experiments.values() if each.kind == "render" for name in each.outputs]
-    assert len(check["manifest"]) == len(rendered) and "results/cpu/tables/table2_dice.csv" in {each["file"] for each in check["manifest"]}
-
-
-def test_checklists_are_whole():
-    lists = lineage.read_checklists(ROOT)["checklists"]
-    assert [item["item"] for item in lists["claim"]["items"]] == [str(number) for number in range(1, 43)]
-    for checklist in lists.values():
-        assert all(item.get("where") or item.get("note") for item in checklist["items"])
-
-
-def test_render_notebooks_hold_nothing_that_only_a_kernel_understands(whole):
-    for each in whole.experiments.values():
-        for cell in code_cells(each.notebook):
-            compile(cell["source"], each.name, "exec")
