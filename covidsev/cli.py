@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERRUPTED', 'run_cleanly', 'CleanGroup', 'main', 'info', 'show_results', 'reproduce', 'render', 'data', 'list_data',
            'get_data', 'check_data', 'train', 'evaluate', 'parse_pair', 'parse_label_maps', 'parse_cuts', 'segment',
-           'severity', 'export', 'bench', 'verify', 'where', 'graph', 'metadata']
+           'severity', 'export', 'bench', 'verify', 'where']
 
 # %% ../nbs/90_cli.ipynb #cell-002
 import json
@@ -129,22 +129,27 @@ _SET = click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE",
 @click.option("--jobs", type=int, help="Runs side by side (default: as the profile says).")
 @click.option("--force", is_flag=True, help="Run again even where the result is there.")
 @click.option("--explain", is_flag=True, help="Print the plan and why each run is stale, and stop.")
-@click.option("--confirm", is_flag=True,
-              help="Where only code changed: run one seed of each row; if it stays the same, keep the others.")
+@click.option("--json", "as_json", is_flag=True, help="With --explain: the plan in a form for machines.")
+@click.option("--minutes", type=float, help="Longest time of a run (default: as the profile says).")
+@click.option("--allow-dirty", is_flag=True, help="Run cpu or paper with changes that no commit holds.")
 @_OUT
 @_DATA
 @_DEVICE
 @_SET
 def reproduce(profile: str, only: tuple, rows: tuple, seeds: tuple, jobs: int | None, force: bool,
-              explain: bool, confirm: bool, out: str | None, data_root: str | None, device: str | None,
+              explain: bool, as_json: bool, minutes: float | None, allow_dirty: bool, out: str | None, data_root: str | None, device: str | None,
               pairs: tuple) -> None:
     """Make every result of a profile that is not there yet."""
-    from covidsev.paper.experiments import reproduce as run
+    from covidsev.paper.runner import machine_plan
+    from covidsev.paper.runner import reproduce as run
 
-    root = Path(out or repo_root()).resolve()
-    run(profile, only or None, rows or None, seeds or None, jobs, force, explain, root=root, data=data_root,
-        overrides=_overrides(pairs, device), confirm=confirm, echo=click.echo)
-    if not explain:
+    root, echo = Path(out or repo_root()).resolve(), (lambda line: None) if as_json else click.echo
+    plan = run(profile, only or None, rows or None, seeds or None, jobs, force, explain or as_json, root=root,
+               data=data_root, overrides=_overrides(pairs, device), minutes=minutes, allow_dirty=allow_dirty,
+               echo=echo)
+    if as_json:
+        click.echo(json.dumps(machine_plan(plan), indent=1))
+    elif not explain:
         show_results(root, profile)
 
 
@@ -156,7 +161,7 @@ def render(names: tuple, profile: str, out: str | None) -> None:
     """Draw tables and figures again from the results that are there (all, or NAMES); seconds, trains
     nothing."""
     from covidsev.paper.experiments import find_experiment, load_registry
-    from covidsev.paper.experiments import reproduce as run
+    from covidsev.paper.runner import reproduce as run
 
     registry, root = load_registry(), Path(out or repo_root()).resolve()
     drawn = [each.name for each in registry.experiments.values() if each.kind == "render"]
@@ -470,21 +475,3 @@ def where(name: str) -> None:
 
     for origin in find(name):
         click.echo(origin)
-
-
-@main.command()
-@click.argument("names", nargs=-1)
-@click.option("--format", "form", default="mermaid", show_default=True, help="mermaid, dot or svg.")
-def graph(names: tuple, form: str) -> None:
-    """Print the graph from notebook to result to figure, whole or for NAMES and what they need."""
-    from covidsev.paper.runner import graph_text, lineage_graph
-
-    click.echo(graph_text(lineage_graph(names=names), form), nl=False)
-
-
-@main.command()
-def metadata() -> None:
-    """Write CITATION.cff, codecheck.yml and the checklists anew from their sources."""
-    from covidsev.paper.runner import write_metadata
-
-    click.echo("\n".join(f"wrote {name}" for name in write_metadata()) or "all of them are up to date")
