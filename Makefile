@@ -17,10 +17,10 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-# notebooks run in the environment made here, not in a kernel that the user has registered under the same name
+# JupyterLab opens notebooks in the environment made here, not in a kernel that is registered under the same name
 export JUPYTER_PREFER_ENV_PATH = 1
 .DEFAULT_GOAL := help
-.PHONY: reproduce test bench lab docs render readme clean help
+.PHONY: reproduce test bench lab docs render readme pictures clean help
 
 reproduce: $(STAMP) ## run every experiment and draw the tables: PROFILE=smoke (phantom, minutes), cpu or paper (real data)
 	@$(BIN)/covidsev reproduce --profile $(PROFILE)
@@ -32,7 +32,7 @@ test: $(STAMP) ## run the tests in the notebooks, then the others; real-data tes
 	@$(BIN)/nbdev_test --n_workers 2
 	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests  # three on two cores: many tests wait for another process
 
-bench: $(STAMP) ## compare our training step and evaluation with a plain one, as ratios
+bench: $(STAMP) ## measure our training step, evaluation and severity of a scan against plain ones, as ratios
 	@$(BIN)/covidsev bench
 
 # a notebook as argument would make its folder the root, and results and figures could not be opened
@@ -54,6 +54,10 @@ README ?= README.md
 readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	@$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --stdout nbs/index.ipynb \
 	  | sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9][0-9a-z_/]*\.ipynb|experiments)\)#](nbs/\1)#g' | cat -s > $(README)
+
+# What README and the site show, from the results that are here; docs/pictures.txt says which.
+pictures: $(STAMP) ## copy the pictures that README shows from figures/ and results/ to docs/
+	@while read -r from to; do cp -v "$$from" "$$to"; done < docs/pictures.txt
 
 clean: ## remove the virtual environment and caches; data, checkpoints, results and figures stay
 	@rm -rf $(VENV) covidsev.egg-info build _docs .pytest_cache .hypothesis .ruff_cache
