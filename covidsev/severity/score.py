@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LOBES', 'REGIONS', 'LOBE_OF_REGION', 'LOBE_FILL_WARNING', 'LOBE_FILL_LIMIT', 'THRESHOLD', 'MIN_FRACTION',
            'MIN_FRACTIONS', 'SECTORS', 'HIGH_OPACITY_HU', 'OTHER_HIGH_OPACITY_HU', 'FRAGMENT', 'SCHEMA', 'Region',
-           'RegionGeometry', 'slice_levels', 'fill_lobes', 'partition_regions', 'count_regions', 'fractions',
-           'extent_score', 'ScoreSum', 'sum_scores', 'ct_ss_by_floor', 'slice_sectors', 'pan_score', 'lobe_score',
-           'mosmed_class', 'total', 'density_measures', 'lesion_mass_g', 'peripheral_zone', 'lesion_components',
-           'drop_fragments', 'SeverityResult', 'result_row', 'severity', 'score_scan']
+           'RegionGeometry', 'fill_lobes', 'partition_regions', 'count_regions', 'fractions', 'extent_score',
+           'ScoreSum', 'sum_scores', 'ct_ss_by_floor', 'slice_sectors', 'pan_score', 'lobe_score', 'mosmed_class',
+           'total', 'density_measures', 'lesion_mass_g', 'peripheral_zone', 'lesion_components', 'drop_fragments',
+           'SeverityResult', 'result_row', 'severity', 'score_scan']
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-002
+# %% ../../nbs/3_severity/02_score.ipynb #cecac88b
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -20,13 +20,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from ..core import (CONSOLIDATION, GGO, ConfigError, GeometryError, IntensityError, MaskError,
-                             check_choice)
-from .lungs import (UPSIDE_DOWN, LungSegmentationError, check_sides, top_to_base_width,
-                            z_suspect)
-from ..method.metrics import as_mask
+                           check_choice)
 from ..data.scans import Scan, turn_picture
+from ..method.metrics import as_mask
+from .lungs import LungSegmentationError, check_sides, cut_ends, slice_areas, z_suspect
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-007
+# %% ../../nbs/3_severity/02_score.ipynb #34ce3046
 LOBES = {1: "right upper", 2: "right middle", 3: "right lower", 4: "left upper", 5: "left lower"}
 
 
@@ -54,7 +53,7 @@ REGIONS = tuple(Region(number, name, lobe) for number, (name, lobe) in enumerate
 LOBE_OF_REGION = np.array([0] + [region.lobe for region in REGIONS], np.uint8)  # lobes = LOBE_OF_REGION[ids]
 _SIDE_OF_LOBE = np.array([0, 1, 1, 1, 2, 2], np.uint8)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-010
+# %% ../../nbs/3_severity/02_score.ipynb #6c9d1ae1
 @dataclass(frozen=True)
 class RegionGeometry:
     """Where the regions are cut, as shares of an extent: height 0 apex to 1 base, depth 0 front to 1 back,
@@ -84,7 +83,7 @@ class RegionGeometry:
         """Whether `value` < `cut`; what is equal but for rounding is not below."""
         return np.asarray(value) < cut - self.tolerance
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-013
+# %% ../../nbs/3_severity/02_score.ipynb #1e88203e
 def _volume(array: ArrayLike) -> NDArray:
     """A view (X, Y, Z) of a volume, or of a picture as one slice. `GeometryError` for any other shape."""
     array = np.asarray(array)
@@ -125,7 +124,7 @@ def _lung_labels(lungs: ArrayLike) -> NDArray[np.uint8]:
                                     fix="check the lung mask; without a lung there is no share of it")
     return labels
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-017
+# %% ../../nbs/3_severity/02_score.ipynb #a75707c0
 def _steps(n: int) -> NDArray[np.float64]:
     """The middles of n equal steps from 0 to 1."""
     return (2 * np.arange(n) + 1) / (2 * n)
@@ -149,18 +148,7 @@ def _slice_boxes(mask: NDArray[np.bool_]) -> Iterator[tuple[int, slice, slice]]:
     for k in np.flatnonzero(across.any(axis=0)):
         yield int(k), _span(across[:, k]), _span(along[:, k])
 
-
-def slice_levels(lungs: ArrayLike) -> NDArray[np.float64]:
-    """Height in (0, 1), apex to base, of every slice in the right and the left lung: (2, Z), NaN outside."""
-    labels = _lung_labels(lungs)
-    levels = np.full((2, labels.shape[2]), np.nan)
-    for row, lung in zip(levels, (1, 2)):
-        inside = (labels == lung).any(axis=(0, 1))
-        if inside.any():
-            row[_span(inside)] = _steps(len(row[_span(inside)]))[::-1]
-    return levels
-
-# %% ../../nbs/3_severity/02_score.ipynb #cell-020
+# %% ../../nbs/3_severity/02_score.ipynb #67535fab
 def _basal_regions(superior: bool, width: NDArray, depth: NDArray, g: RegionGeometry) -> NDArray[np.uint8]:
     """Regions 6..10 of a slice of a right lower lobe, (X, Y), from its `width` (X, 1) and `depth` (1, Y)."""
     medial = g.below(width, g.medial) & g.below(depth, g.medial_depth)
@@ -215,7 +203,7 @@ def _lobe_slice(lobe: int, height: float, width: NDArray, depth: NDArray,
         return np.uint8(11) if apex else np.where(back, np.uint8(12), np.uint8(13))
     return np.uint8(14 if g.below(height, g.lobe_lingula) else 15)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-022
+# %% ../../nbs/3_severity/02_score.ipynb #6bb80dcf
 def _paint(units: NDArray[np.uint8], sides: Sequence[int], table: Any,
            levels: NDArray | None = None) -> NDArray[np.uint8]:
     """Region numbers (X, Y, Z): the units 1, 2, ... slice by slice, from table(unit, height, width, depth).
@@ -233,7 +221,7 @@ def _paint(units: NDArray[np.uint8], sides: Sequence[int], table: Any,
             height = heights[k - first] if levels is None else levels[unit - 1, k]
             if np.isnan(height):
                 raise ConfigError("a slice of the lungs has no height", found=f"NaN for slice {k}",
-                                  expected="a number wherever there is lung", fix="see slice_levels")
+                                  expected="a number wherever there is lung")
             width, depth = _steps(across.stop - across.start), _steps(along.stop - along.start)[::-1]
             painted = table(unit, height, (width if side == 1 else width[::-1])[:, None], depth[None])
             np.copyto(ids[across, along, k], painted, where=mask[across, along, k])
@@ -267,7 +255,7 @@ def _partition(lungs: NDArray[np.uint8], lobes: NDArray[np.uint8] | None, geomet
         return _paint(lobes, _SIDE_OF_LOBE[1:], lambda *place: _lobe_slice(*place, geometry))
     return _paint(lungs, (1, 2), lambda *place: _lung_slice(*place, geometry), levels)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-025
+# %% ../../nbs/3_severity/02_score.ipynb #2dd057c4
 LOBE_FILL_WARNING, LOBE_FILL_LIMIT = 0.02, 0.20
 
 
@@ -284,17 +272,8 @@ def fill_lobes(lobes: ArrayLike, lungs: ArrayLike) -> tuple[NDArray[np.uint8], f
     n_crossed = np.count_nonzero((of_side > 0) & (sides > 0) & (of_side != sides))
     n_lung = np.count_nonzero(sides)
     n_missing = n_lung - np.count_nonzero(filled)
-    _check_cover(n_lung, n_missing, n_crossed)
-    for lung in (1, 2) if n_missing else ():
-        _fill_nearest(filled, sides == lung)
-    return _as_given(filled, lobes), float(n_missing / n_lung)
-
-
-def _check_cover(n_lung: int, n_missing: int, n_crossed: int) -> None:
-    """Errors of `fill_lobes`, from its counts of voxels."""
     if n_crossed > n_lung / 2:
-        raise GeometryError("the right lobes lie in the left lung",
-                            found=f"{n_crossed} of {n_lung} lung voxels",
+        raise GeometryError("the right lobes lie in the left lung", found=f"{n_crossed} of {n_lung} lung voxels",
                             expected="lobes 1-3 in the right lung, 4-5 in the left",
                             fix="map the lobe ids by name, and check the orientation of both masks")
     if n_missing > LOBE_FILL_LIMIT * n_lung:
@@ -302,6 +281,9 @@ def _check_cover(n_lung: int, n_missing: int, n_crossed: int) -> None:
                         found=f"{n_missing / n_lung:.1%} of the lung missing",
                         expected=f"at most {LOBE_FILL_LIMIT:.0%}",
                         fix="leave the lobe mask out: regions by geometry")
+    for lung in (1, 2) if n_missing else ():
+        _fill_nearest(filled, sides == lung)
+    return _as_given(filled, lobes), float(n_missing / n_lung)
 
 
 def _fill_nearest(lobes: NDArray[np.uint8], lung: NDArray[np.bool_]) -> None:
@@ -318,7 +300,7 @@ def _fill_nearest(lobes: NDArray[np.uint8], lung: NDArray[np.bool_]) -> None:
     nearest = ndimage.distance_transform_edt(seeds == 0, return_distances=False, return_indices=True)
     lobes[box][gaps] = seeds[tuple(axis[gaps] for axis in nearest)]
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-027
+# %% ../../nbs/3_severity/02_score.ipynb #928d411c
 def partition_regions(lungs: ArrayLike, lobes: ArrayLike | None = None,
                       geometry: RegionGeometry = RegionGeometry(), *,
                       z: ArrayLike | None = None) -> NDArray[np.uint8]:
@@ -341,13 +323,11 @@ def partition_regions(lungs: ArrayLike, lobes: ArrayLike | None = None,
     ids[box] = _partition(labels[box], parts, geometry, None if levels is None else levels[:, box[2]])
     return _as_given(ids, lungs)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-036
+# %% ../../nbs/3_severity/02_score.ipynb #fa85ebbe
 def _bincount(numbers: NDArray[np.uint8], n: int) -> NDArray[np.int64]:
     """How often 1..n stand in a volume; slice by slice, since `np.bincount` makes 8 bytes of each voxel."""
-    total = np.zeros(n + 1, np.int64)
-    for k in range(numbers.shape[-1]):
-        total += np.bincount(numbers[..., k].ravel(order="K"), minlength=n + 1)
-    return total[1:]
+    counts = sum(np.bincount(plane.ravel(order="K"), minlength=n + 1) for plane in np.moveaxis(numbers, -1, 0))
+    return counts[1:]
 
 
 def count_regions(ids: ArrayLike, infection: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -370,7 +350,7 @@ def extent_score(fraction: float | None, min_fraction: float = 0.0) -> int | Non
         return None
     return 2 if fraction >= 0.5 else int(fraction > 0 and fraction >= min_fraction)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-039
+# %% ../../nbs/3_severity/02_score.ipynb #c441a6bf
 THRESHOLD = 19.5  # severe above it: Yang et al. 2020
 MIN_FRACTION = 0.01
 MIN_FRACTIONS = (0.0, 0.001, 0.005, 0.01, 0.02, 0.05)
@@ -409,7 +389,7 @@ def ct_ss_by_floor(n_inf: Sequence[int], n_vox: Sequence[int],
     shares = fractions(n_inf, n_vox)
     return {floor: sum_scores([extent_score(share, floor) for share in shares]).partial for floor in floors}
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-043
+# %% ../../nbs/3_severity/02_score.ipynb #606e2f58
 SECTORS = tuple(f"{side} {depth} {width}" for side in ("right", "left") for depth in ("anterior", "posterior")
                 for width in ("medial", "lateral"))
 
@@ -426,7 +406,7 @@ def slice_sectors(lungs: ArrayLike, geometry: RegionGeometry = RegionGeometry())
     """The number 1..8 of the sector (see `SECTORS`) of every lung pixel, 0 elsewhere; uint8."""
     return _as_given(_paint(_lung_labels(lungs), (1, 2), _sector_table(geometry)), lungs)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-047
+# %% ../../nbs/3_severity/02_score.ipynb #9d01e850
 def pan_score(fraction: float | None) -> int | None:
     """0..5 for the infected share of a lobe. Pan et al., Radiology 2020;295:715."""
     if not fraction:
@@ -457,7 +437,7 @@ def total(scores: Iterable[int | None]) -> int | None:
     scores = list(scores)
     return None if any(score is None for score in scores) else sum(scores)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-050
+# %% ../../nbs/3_severity/02_score.ipynb #9a4fb592
 HIGH_OPACITY_HU, OTHER_HIGH_OPACITY_HU = -200, -300
 
 
@@ -477,7 +457,7 @@ def lesion_mass_g(hu: NDArray, voxel_ml: float) -> float:
     """Mass in g of lesion voxels: (HU + 1000)/1000 g a mL, HU clipped to [-1000, 200]."""
     return float((np.clip(np.asarray(hu, np.float64), -1000, 200) + 1000).sum() / 1000 * voxel_ml)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-053
+# %% ../../nbs/3_severity/02_score.ipynb #964f383c
 def peripheral_zone(lungs: ArrayLike, spacing_mm: Sequence[float] | None = None) -> NDArray[np.bool_]:
     """The outer third of each lung, by the distance to its surface in the slice; bool.
 
@@ -506,7 +486,7 @@ def lesion_components(lesion: NDArray[np.bool_], voxel_ml: float,
     volumes = np.bincount(numbers[part])[1:] * voxel_ml
     return int(np.count_nonzero(volumes >= smallest_ml)), float(volumes.max())
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-056
+# %% ../../nbs/3_severity/02_score.ipynb #535467fb
 FRAGMENT = 0.01
 
 
@@ -541,10 +521,10 @@ def _check_one_label(lungs: NDArray[np.uint8]) -> None:
                             found=f"only label {lungs.max()}, in two pieces side by side",
                             expected="1 right lung, 2 left lung", fix="split it: covidsev.severity.lungs.split_lungs")
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-059
+# %% ../../nbs/3_severity/02_score.ipynb #99af5b1f
 SCHEMA = "covidsev.severity/1"
 _NOT_IN_ROW = {"geometry", "bounds", "bounds_strict", "regions", "unobserved", "sectors", "lobes",
-               "not_computed", "warnings", "input", "software", "model"}
+               "not_computed", "warnings", "input", "software", "model", "parts"}
 
 
 @dataclass(frozen=True)
@@ -563,6 +543,7 @@ class SeverityResult:
     severe: bool | None
     severe_strict: bool | None
     threshold: float
+    margin: float | None  # ct_ss - threshold
     partial: int | None
     partial_strict: int | None
     n_observed: int
@@ -614,10 +595,13 @@ class SeverityResult:
     input: dict[str, Any] = field(default_factory=dict)
     software: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    parts: tuple | None = field(default=None, repr=False, compare=False)  # box of the lungs, and regions in it
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict for JSON, with the name and version of its schema first."""
-        return {"schema": SCHEMA, **asdict(self)}
+        """A plain dict for JSON, with the name and version of its schema first, and without `parts`."""
+        plain = asdict(replace(self, parts=None))
+        del plain["parts"]
+        return {"schema": SCHEMA, **plain}
 
     def row(self) -> dict[str, Any]:
         """One flat row for a table of patients: every single value, and the score of each region."""
@@ -632,26 +616,36 @@ def result_row(result: Mapping[str, Any]) -> dict[str, Any]:
     flat |= {f"region_{region['id']:02d}": region["score"] for region in result["regions"]}
     return flat | {"warnings": "; ".join(result["warnings"])}
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-061
+# %% ../../nbs/3_severity/02_score.ipynb #80ba7fb3
 @dataclass
 class _Case:
-    """A patient inside the bounding box of the lungs: arrays (X, Y, Z), and what was noticed on the way."""
+    """A patient inside the bounding box of the lungs: arrays (X, Y, Z), and what is known about them."""
 
     lungs: NDArray[np.uint8]
     lesion: NDArray[np.bool_]  # inside the lungs only
-    ids: NDArray[np.uint8]  # regions; all 0 where the height of a slice is unknown
     hu: NDArray | None
     labels: NDArray[np.uint8] | None
     method: str
     truncated: bool
     spacing_mm: tuple[float, ...] | None
     shares: dict[str, float | None]
-    warnings: list[str]
+    box: tuple[slice, ...]
+    allow: bool
+    floor: float
+    ids: NDArray[np.uint8] | None = None  # regions; sectors where the height of a slice is unknown
+    n_vox: NDArray[np.int64] | None = None
+    n_inf: NDArray[np.int64] | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
-    def whole(self) -> bool:
-        """Whether the scan shows the whole of what it shows of the lungs: neither slice, slab nor cut off."""
-        return self.method in ("lobes", "geometric") and not self.truncated
+    def total(self) -> bool:
+        """Whether sums over the whole lungs may be given: neither slice, slab nor cut off, or allowed to be."""
+        return self.method in ("lobes", "geometric") and (self.allow or not self.truncated)
+
+    @property
+    def known(self) -> bool:
+        """Whether the height of every slice is known, so that there are regions."""
+        return self.method != "slice-quadrant"
 
     @property
     def voxel_ml(self) -> float | None:
@@ -696,45 +690,6 @@ def _crop_hu(hu: NDArray | None, box: tuple[slice, ...], lungs: NDArray[np.uint8
     return hu
 
 
-def _check_labels(labels: NDArray | None) -> NDArray[np.uint8] | None:
-    """A multi-class lesion mask, or None where there is none."""
-    names = {GGO: "ground glass", CONSOLIDATION: "consolidation"}
-    return None if labels is None else _labels(labels, names, "lesion")
-
-
-def _lesion_mask(infection: NDArray | None, labels: NDArray[np.uint8] | None) -> NDArray[np.bool_]:
-    """The infection as bool: the mask, or where there is none what has a label."""
-    if infection is None and labels is None:
-        raise ConfigError("severity needs an infection mask", found="neither infection nor labels")
-    return labels > 0 if infection is None else as_mask(infection)
-
-# %% ../../nbs/3_severity/02_score.ipynb #cell-063
-def _notice(case: _Case, n_disagree: int) -> list[str]:
-    """Warnings, each `code: text with its value`."""
-    outside, filled = case.shares["outside_fraction"] or 0, case.shares["lobe_fill_fraction"] or 0
-    sides = [name for lung, name in ((1, "right"), (2, "left")) if (case.lungs == lung).any()]
-    is_volume = case.method in ("lobes", "geometric")
-    ratio = top_to_base_width(case.lungs)
-    found = {
-        f"infection_outside_lung: {outside:.1%} of the infection lies outside the lungs": outside > 0.20,
-        f"single_lung: only a {sides[0]} lung is there; nothing is said about the other": len(sides) == 1,
-        "fov_truncated: the lungs touch the first or last slice; the regions are guesses": case.truncated,
-        z_suspect(ratio or 0): is_volume and not case.truncated and ratio is not None and ratio > UPSIDE_DOWN,
-        f"lobe_fill: {filled:.1%} of the lungs had no lobe and took the nearest": filled > LOBE_FILL_WARNING,
-        f"labels_infection_differ: {n_disagree} lung voxels are in one of labels and infection only":
-            n_disagree > 0,
-    }
-    return [text for text, applies in found.items() if applies]
-
-
-def _region_ids(case: _Case, lobes: NDArray | None, levels: NDArray | None,
-                geometry: RegionGeometry) -> NDArray:
-    """Regions of a case; zeros where a slice of unknown height has none."""
-    if case.method == "slice-quadrant":
-        return np.zeros_like(case.lungs)
-    return _partition(case.lungs, lobes, geometry, levels)
-
-
 def _method(n_slices: int, z: ArrayLike | None, lobes: ArrayLike | None) -> str:
     """What kind of answer these inputs allow."""
     if lobes is not None and (n_slices == 1 or z is not None):
@@ -745,34 +700,71 @@ def _method(n_slices: int, z: ArrayLike | None, lobes: ArrayLike | None) -> str:
     return "slab" if z is not None else "geometric" if lobes is None else "lobes"
 
 
+def _is_cut(kept: NDArray[np.uint8], box: tuple[slice, ...], n_slices: int) -> bool:
+    """Whether the lungs are cut off at the top or the base of the scan."""
+    areas = np.zeros(n_slices, int)
+    areas[box[2]] = slice_areas(kept)
+    return bool(cut_ends(areas))
+
+
+def _number_parts(case: _Case, lobes: NDArray | None, levels: NDArray | None, geometry: RegionGeometry) -> None:
+    """Paints and counts the regions, or the sectors of a slice of unknown height."""
+    if case.known:
+        levels = None if levels is None else levels[:, case.box[2]]
+        case.ids = _partition(case.lungs, lobes, geometry, levels)
+    else:
+        case.ids = _paint(case.lungs, (1, 2), _sector_table(geometry))
+    case.n_vox = _bincount(case.ids, 20)
+    case.n_inf = np.bincount(case.ids[case.lesion], minlength=21)[1:]
+
+
 def _prepare(given: Mapping[str, ArrayLike | None], z: ArrayLike | None, spacing_mm: Sequence[float] | None,
-             geometry: RegionGeometry, situs_inversus: bool) -> _Case:
+             geometry: RegionGeometry, situs_inversus: bool, allow: bool, floor: float) -> _Case:
     """Checks all inputs, crops them to the lungs and paints the regions."""
     volumes = _same_shape(given, situs_inversus)
     spacing = _check_spacing(spacing_mm, np.ndim(given["lungs"]))
-    lungs, labels = _lung_labels(volumes["lungs"]), _check_labels(volumes["labels"])
+    lungs, labels = _lung_labels(volumes["lungs"]), volumes["labels"]
     method, levels = _method(lungs.shape[2], z, volumes["lobes"]), _levels(z, lungs.shape[2])
-    everything = _lesion_mask(volumes["infection"], labels)
+    if labels is not None:
+        labels = _labels(labels, {GGO: "ground glass", CONSOLIDATION: "consolidation"}, "lesion")
+    elif volumes["infection"] is None:
+        raise ConfigError("severity needs an infection mask", found="neither infection nor labels")
+    everything = labels > 0 if volumes["infection"] is None else as_mask(volumes["infection"])
     n_infected, box = int(np.count_nonzero(everything)), _bounding_box(lungs)
     kept, dropped = drop_fragments(np.asfortranarray(lungs[box]))
     check_sides(kept[::-1] if situs_inversus else kept, situs_inversus)
     _check_one_label(kept)
     lobes, filled = (None, None) if volumes["lobes"] is None else fill_lobes(volumes["lobes"][box], kept)
-    ends = [k for k, edge in ((0, box[2].start == 0), (-1, box[2].stop == lungs.shape[2])) if edge]
-    labels = None if labels is None else labels[box]
-    inside = np.asfortranarray(everything[box])
-    n_disagree = 0 if labels is None else np.count_nonzero((inside != (labels > 0)) & (kept > 0))
+    inside, labels = np.asfortranarray(everything[box]), None if labels is None else labels[box]
     lesion = inside & (kept > 0)
-    outside = 1 - int(np.count_nonzero(lesion)) / n_infected if n_infected else None
-    shares = {"outside_fraction": outside, "dropped_fraction": dropped, "lobe_fill_fraction": filled}
-    truncated = method in ("lobes", "geometric") and any(kept[..., k].any() for k in ends)
-    hu = _crop_hu(volumes["hu"], box, kept)
-    case = _Case(kept, lesion, kept, hu, labels, method, truncated, spacing, shares, [])
-    case.ids = _region_ids(case, lobes, None if levels is None else levels[:, box[2]], geometry)
+    shares = {"outside_fraction": 1 - int(np.count_nonzero(lesion)) / n_infected if n_infected else None,
+              "dropped_fraction": dropped, "lobe_fill_fraction": filled}
+    truncated = method in ("lobes", "geometric") and _is_cut(kept, box, lungs.shape[2])
+    case = _Case(kept, lesion, _crop_hu(volumes["hu"], box, kept), labels, method, truncated, spacing, shares,
+                 box, allow, floor)
+    _number_parts(case, lobes, levels, geometry)
+    n_disagree = 0 if labels is None else np.count_nonzero((inside != (labels > 0)) & (kept > 0))
     case.warnings = _notice(case, n_disagree)
     return case
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-066
+# %% ../../nbs/3_severity/02_score.ipynb #9c4a974f
+def _notice(case: _Case, n_disagree: int) -> list[str]:
+    """Warnings, each `code: text with its value`."""
+    outside, filled = case.shares["outside_fraction"] or 0, case.shares["lobe_fill_fraction"] or 0
+    sides = [name for lung, name in ((1, "right"), (2, "left")) if (case.lungs == lung).any()]
+    found = {
+        f"infection_outside_lung: {outside:.1%} of the infection lies outside the lungs": outside > 0.20,
+        f"single_lung: only a {sides[0]} lung is there; nothing is said about the other": len(sides) == 1,
+        "fov_truncated: the lungs touch the first or last slice; the regions are guesses; for totals all the "
+        "same: --allow-truncated": case.truncated,
+        **{text: True for text in z_suspect(case.lungs, case.truncated) if case.method in ("lobes", "geometric")},
+        f"lobe_fill: {filled:.1%} of the lungs had no lobe and took the nearest": filled > LOBE_FILL_WARNING,
+        f"labels_infection_differ: {n_disagree} lung voxels are in one of labels and infection only":
+            n_disagree > 0,
+    }
+    return [text for text, applies in found.items() if applies]
+
+# %% ../../nbs/3_severity/02_score.ipynb #4336e227
 def _table(names: Sequence[Mapping[str, Any]], n_vox: NDArray, n_inf: NDArray,
            floor: float) -> list[dict[str, Any]]:
     """One dict a region or sector: its names, counts, share and both scores."""
@@ -781,33 +773,33 @@ def _table(names: Sequence[Mapping[str, Any]], n_vox: NDArray, n_inf: NDArray,
             for name, vox, inf, share in zip(names, n_vox, n_inf, fractions(n_inf, n_vox))]
 
 
-def _region_values(case: _Case, n_vox: NDArray, n_inf: NDArray, floor: float, allow: bool) -> dict[str, Any]:
+def _region_values(case: _Case) -> dict[str, Any]:
     """CT-SS, partial sums and bounds; totals only for lungs that are seen whole, or allowed to be cut off."""
     names = [{"id": region.id, "name": region.name, "lobe": LOBES[region.lobe]} for region in REGIONS]
-    regions = _table(names, n_vox, n_inf, floor)
-    whole, known = case.whole or (case.truncated and allow), case.method != "slice-quadrant"
+    regions = _table(names, case.n_vox * case.known, case.n_inf * case.known, case.floor)
+    bounded = case.known and (case.allow or not case.truncated)
     values = {"regions": regions, "unobserved": [region["id"] for region in regions if not region["n_vox"]]}
     for suffix in ("", "_strict"):
         sums = sum_scores([region[f"score{suffix}"] for region in regions])
-        bounded = known and (allow or not case.truncated)
-        values |= {f"ct_ss{suffix}": sums.total if whole else None,
-                   f"partial{suffix}": sums.partial if known else None,
+        values |= {f"ct_ss{suffix}": sums.total if case.total else None,
+                   f"partial{suffix}": sums.partial if case.known else None,
                    f"bounds{suffix}": sums.bounds if bounded else None,
                    f"severe{suffix}": sums.severe if bounded else None}
-    extrapolated = known and values["ct_ss"] is None and sums.n_observed
+    extrapolated = case.known and values["ct_ss"] is None and sums.n_observed
+    involved = sum((region["score"] or 0) > 0 for region in regions)
     return values | {
         "n_observed": sums.n_observed, "partial_max": sums.partial_max,
+        "margin": None if values["ct_ss"] is None else values["ct_ss"] - THRESHOLD,
         "ct_ss_extrapolated": values["partial"] * 20 / sums.n_observed if extrapolated else None,
-        "n_regions_involved": sum((region["score"] or 0) > 0 for region in regions) if known else None}
+        "n_regions_involved": involved if case.known else None}
 
 
-def _sector_values(case: _Case, floor: float) -> dict[str, Any]:
+def _sector_values(case: _Case) -> dict[str, Any]:
     """Sectors and slice extent score of a slice of unknown height; None for everything else."""
-    if case.method != "slice-quadrant":
+    if case.known:
         return {"sectors": None, "slice_extent_score": None}
-    ids = slice_sectors(case.lungs)
     names = [{"id": number, "name": name} for number, name in enumerate(SECTORS, 1)]
-    sectors = _table(names, _bincount(ids, 8), np.bincount(ids[case.lesion], minlength=9)[1:], floor)
+    sectors = _table(names, case.n_vox[:8], case.n_inf[:8], case.floor)
     return {"sectors": sectors, "slice_extent_score": total([sector["score"] for sector in sectors])}
 
 
@@ -816,32 +808,31 @@ def _by_lobe(counts: NDArray) -> list[int]:
     return np.bincount(LOBE_OF_REGION[1:], weights=counts, minlength=6)[1:].astype(int).tolist()
 
 
-def _lobe_values(case: _Case, n_vox: NDArray, n_inf: NDArray, floor: float, allow: bool) -> dict[str, Any]:
+def _lobe_values(case: _Case) -> dict[str, Any]:
     """Lobes with their scores, Pan-25 and TSS / LSS."""
-    whole = case.whole or (case.truncated and allow)
-    lobes = [{"id": number, "name": name, "n_vox": vox, "n_inf": inf, "fraction": share,
-              "pan": pan_score(share) if whole else None, "lss": lobe_score(share) if whole else None}
-             for (number, name), vox, inf, share in zip(LOBES.items(), _by_lobe(n_vox), _by_lobe(n_inf),
-                                                        fractions(_by_lobe(n_inf), _by_lobe(n_vox)))]
+    vox, inf = (_by_lobe(counts * case.known) for counts in (case.n_vox, case.n_inf))
+    lobes = [{"id": number, "name": name, "n_vox": one, "n_inf": other, "fraction": share,
+              "pan": pan_score(share) if case.total else None, "lss": lobe_score(share) if case.total else None}
+             for (number, name), one, other, share in zip(LOBES.items(), vox, inf, fractions(inf, vox))]
     lss = total([lobe["lss"] for lobe in lobes])
-    involved = sum(bool(extent_score(lobe["fraction"], floor)) for lobe in lobes)
+    involved = sum(bool(extent_score(lobe["fraction"], case.floor)) for lobe in lobes)
     return {"lobes": lobes, "pan25": total([lobe["pan"] for lobe in lobes]), "lss20": lss, "tss20": lss,
-            "n_lobes_involved": involved if case.method != "slice-quadrant" else None}
+            "n_lobes_involved": involved if case.known else None}
 
 
-def _lung_values(case: _Case, floor: float, allow: bool) -> dict[str, Any]:
+def _lung_values(case: _Case) -> dict[str, Any]:
     """Infected shares of the lungs, MosMed class, laterality and volumes."""
-    vox = _bincount(case.lungs, 2).tolist()
-    inf = np.bincount(case.lungs[case.lesion], minlength=3)[1:].tolist()
+    half = 10 if case.known else 4  # the first half of the parts is right
+    vox, inf = ([int(counts[:half].sum()), int(counts[half:].sum())] for counts in (case.n_vox, case.n_inf))
     (right, left), po, ml = fractions(inf, vox), sum(inf) / sum(vox), case.voxel_ml
-    assert 0 <= po <= 1
-    whole, two = case.whole or (case.truncated and allow), right is not None and left is not None
+    two = right is not None and left is not None
     sides = {name: ml * n if ml and n else None for name, n in zip(("lung_right_ml", "lung_left_ml"), vox)}
+    both = [bool(extent_score(share, case.floor)) for share in (right, left)]
     return {
         "po": po, "po_right": right, "po_left": left,
-        "mosmed_class": mosmed_class(right, left) if whole else None,
-        "mosmed_class_both": mosmed_class(right, left, po, basis="both") if whole and two else None,
-        "bilateral": bool(extent_score(right, floor) and extent_score(left, floor)) if two else None,
+        "mosmed_class": mosmed_class(right, left) if case.total else None,
+        "mosmed_class_both": mosmed_class(right, left, po, basis="both") if case.total and two else None,
+        "bilateral": all(both) if two else None,
         "laterality": (inf[0] - inf[1]) / sum(inf) if two and sum(inf) else None,
         "lung_ml": sum(vox) * ml if ml else None, "lesion_ml": sum(inf) * ml if ml else None, **sides}
 
@@ -850,46 +841,41 @@ def _piece_values(case: _Case) -> dict[str, Any]:
     """Number and size of lesions, and how much of them lies in the outer third."""
     count, largest = lesion_components(case.lesion, case.voxel_ml) if case.voxel_ml else (None, None)
     zone = peripheral_zone(case.lungs, case.spacing_mm)
-    masks = zone & case.lesion, case.lesion, case.lungs
-    outer, lesions, lung = (int(np.count_nonzero(mask)) for mask in masks)
+    masks = zone & case.lesion, case.lesion, zone, case.lungs
+    outer, lesions, rim, lung = (int(np.count_nonzero(mask)) for mask in masks)
     return {"lesion_count": count, "largest_lesion_ml": largest,
-            "peripheral_share": outer / lesions if lesions else None,
-            "peripheral_lung_share": int(np.count_nonzero(zone)) / lung}
+            "peripheral_share": outer / lesions if lesions else None, "peripheral_lung_share": rim / lung}
 
 
-def _hu_values(case: _Case, n_vox: NDArray, allow: bool) -> dict[str, Any]:
+def _hu_values(case: _Case) -> dict[str, Any]:
     """Density, mass and high opacity; voxels of unknown HU count neither above nor below a fraction bar."""
     names = ("pho", "lhos20", "lesion_mass_g", "n_hu_excluded")
     if case.hu is None:
         return density_measures(np.array([])) | dict.fromkeys(names)
-    floats = case.hu.dtype.kind == "f"
-    unknown = np.isnan(case.hu) & (case.lungs > 0) if floats else np.zeros_like(case.lesion)
-    n_unknown, n_lung = int(np.count_nonzero(unknown)), int(np.count_nonzero(case.lungs))
-    use = case.lesion & ~unknown
+    unknown = np.isnan(case.hu) & (case.lungs > 0) if case.hu.dtype.kind == "f" else np.zeros_like(case.lesion)
+    use, n_unknown = case.lesion & ~unknown, int(np.count_nonzero(unknown))
     values, ids = case.hu[use].astype(np.float64), case.ids[use]
-    valid = n_vox - np.bincount(case.ids[unknown], minlength=21)[1:]
+    valid = case.n_vox - np.bincount(case.ids[unknown], minlength=21)[1:]
     high = np.bincount(ids[values >= HIGH_OPACITY_HU], minlength=21)[1:]
     scores = [lobe_score(share) for share in fractions(_by_lobe(high), _by_lobe(valid))]
-    n_high = int(np.count_nonzero(values >= HIGH_OPACITY_HU))
+    n_seen = int(valid.sum())
     return density_measures(values) | {
-        "pho": n_high / (n_lung - n_unknown) if n_lung > n_unknown else None,
-        "lhos20": total(scores) if case.whole or (case.truncated and allow) else None,
+        "pho": int(high.sum()) / n_seen if n_seen else None, "lhos20": total(scores) if case.total else None,
         "lesion_mass_g": lesion_mass_g(values, case.voxel_ml) if case.voxel_ml else None,
         "n_hu_excluded": n_unknown}
 
 
 def _type_values(case: _Case, share_by_hu: float | None) -> dict[str, Any]:
     """Ground glass and consolidation as shares of the lesion: by labels where there are any, else by HU."""
-    if case.labels is None:
-        rest, source = (None, None) if share_by_hu is None else (1 - share_by_hu, "hu")
-        return {"ggo_share": share_by_hu, "consolidation_share": rest, "ggo_source": source}
-    _, ggo, consolidation = np.bincount(case.labels[case.lesion], minlength=3).tolist()
-    share = ggo / (ggo + consolidation) if ggo + consolidation else None
+    share, source = share_by_hu, None if share_by_hu is None else "hu"
+    if case.labels is not None:
+        _, ggo, consolidation = np.bincount(case.labels[case.lesion], minlength=3).tolist()
+        share, source = ggo / (ggo + consolidation) if ggo + consolidation else None, "labels"
     return {"ggo_share": share, "consolidation_share": None if share is None else 1 - share,
-            "ggo_source": "labels"}
+            "ggo_source": source}
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-069
-_TOTALS = ("ct_ss", "ct_ss_strict")
+# %% ../../nbs/3_severity/02_score.ipynb #cce1ce0a
+_TOTALS = ("ct_ss", "ct_ss_strict", "margin")
 _SUMS = ("partial", "partial_strict", "bounds", "bounds_strict", "severe", "severe_strict",
          "ct_ss_extrapolated")
 _LOBAR = ("pan25", "lss20", "tss20", "lhos20")
@@ -923,11 +909,10 @@ _WHY = (
 
 def _reasons(values: Mapping[str, Any], case: _Case) -> dict[str, str]:
     """Why each None among `values` is None."""
-    sides = [(case.lungs == lung).any() for lung in (1, 2)]
     facts = {"no_hu": case.hu is None, "one_slice": case.method.startswith("slice"),
-             "slab": case.method == "slab", "truncated": case.truncated, "single_lung": not all(sides),
-             "no_level": case.method == "slice-quadrant",
-             "level": case.method != "slice-quadrant", "no_lesion": not case.lesion.any(),
+             "slab": case.method == "slab", "truncated": case.truncated, "no_level": not case.known,
+             "single_lung": len(np.unique(case.lungs[case.lungs > 0])) < 2,
+             "level": case.known, "no_lesion": not case.lesion.any(),
              "no_spacing": case.spacing_mm is None, "always": True}
     found: dict[str, str] = {}
     for fact, names, reason in _WHY:
@@ -936,7 +921,7 @@ def _reasons(values: Mapping[str, Any], case: _Case) -> dict[str, str]:
                 found.setdefault(name, reason)
     return found
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-071
+# %% ../../nbs/3_severity/02_score.ipynb #3940e0f2
 def severity(infection: ArrayLike | None, lungs: ArrayLike, *, lobes: ArrayLike | None = None,
              hu: ArrayLike | None = None, spacing_mm: Sequence[float] | None = None,
              labels: ArrayLike | None = None, z: ArrayLike | None = None, min_fraction: float = MIN_FRACTION,
@@ -955,19 +940,16 @@ def severity(infection: ArrayLike | None, lungs: ArrayLike, *, lobes: ArrayLike 
         raise ConfigError("min_fraction cannot be used", found=min_fraction,
                           expected="at least 0 and below 0.5")
     given = {"infection": infection, "lungs": lungs, "lobes": lobes, "hu": hu, "labels": labels}
-    case = _prepare(given, z, spacing_mm, geometry, situs_inversus)
-    n_vox, n_inf = _bincount(case.ids, 20), np.bincount(case.ids[case.lesion], minlength=21)[1:]
-    values = {**_region_values(case, n_vox, n_inf, min_fraction, allow_truncated),
-              **_lobe_values(case, n_vox, n_inf, min_fraction, allow_truncated),
-              **_lung_values(case, min_fraction, allow_truncated), **_sector_values(case, min_fraction),
-              **_piece_values(case), **_hu_values(case, n_vox, allow_truncated), **case.shares}
+    case = _prepare(given, z, spacing_mm, geometry, situs_inversus, allow_truncated, min_fraction)
+    groups = (_region_values, _lobe_values, _lung_values, _sector_values, _piece_values, _hu_values)
+    values = {name: value for group in groups for name, value in group(case).items()} | case.shares
     values |= _type_values(case, values["ggo_share_hu_200"])
     return SeverityResult(
         case_id=case_id, method=case.method, approximate_z=bool(approximate_z), geometry=asdict(geometry),
         min_fraction=float(min_fraction), threshold=THRESHOLD, warnings=case.warnings,
-        not_computed=_reasons(values, case), **values)
+        not_computed=_reasons(values, case), parts=(case.box, case.ids) if case.known else None, **values)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-075
+# %% ../../nbs/3_severity/02_score.ipynb #346d1238
 def score_scan(scan: Scan, infection: ArrayLike | None, lungs: ArrayLike, **options: Any) -> SeverityResult:
     """`severity` of masks on the canonical grid of `scan`, with its HU, spacing and record, and `options`.
 
