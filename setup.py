@@ -30,7 +30,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["covidsev", "covidsev.*"]),
-    package_data={"": ["*.csv", "*.json", "*.j2"]},
+    package_data={"": ["*.csv", "*.json", "*.j2", "*.html", "*.css", "*.svg"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
     extras_require=extras,

@@ -13,7 +13,8 @@ import torch
 from click.testing import CliRunner
 
 from covidsev.severity import cases
-from covidsev.severity.cases import Options, process_cases
+from covidsev.severity.cases import process_cases
+from covidsev.severity.inputs import Options
 from covidsev.cli import main, parse_cuts, parse_label_maps, parse_pair
 from covidsev.method.unets import build_network
 from covidsev.core import ConfigError
@@ -63,11 +64,11 @@ def test_severity_with_masks_is_the_python_call(clinic, tmp_path):
 
 def test_segment_then_severity(clinic, tmp_path):
     weights, scan = clinic / "single.safetensors", clinic / "scans" / "anna.nii.gz"
-    status, text = call("segment", scan, "--weights", weights, "-o", tmp_path / "seg", "--batch-size", 3)
+    status, text = call("segment", scan, "--weights", weights, "--phantom", "-o", tmp_path / "seg", "--batch-size", 3)
     assert status == 0 and "voxels infected" in text
     mask = tmp_path / "seg" / "anna" / "infection.nii.gz"
     assert call("severity", scan, "--infection", mask, "-o", tmp_path / "a")[0] == 0
-    assert call("severity", scan, "--weights", weights, "-o", tmp_path / "b")[0] == 0
+    assert call("severity", scan, "--weights", weights, "--phantom", "-o", tmp_path / "b")[0] == 0
     first, second = (json.loads((tmp_path / one / "anna" / "severity.json").read_text()) for one in "ab")
     assert first["regions"] == second["regions"] and second["model"]["threshold"] == 0.45
 
@@ -75,8 +76,8 @@ def test_segment_then_severity(clinic, tmp_path):
 def test_statuses(clinic, tmp_path):
     scans, masks, out = clinic / "scans", clinic / "masks", tmp_path / "out"
     expected = [
-        (2, "prediction needs trained weights", ("severity", scans, "-o", out)),
-        (2, "--weights FILE", ("segment", scans, "-o", out)),
+        (2, "prediction needs trained weights", ("severity", scans, "--phantom", "-o", out)),
+        (2, "--weights FILE", ("segment", scans, "--phantom", "-o", out)),
         (2, "covidsev export", ("segment", scans, "--weights", "best.pt", "-o", out)),
         (5, "weights", ("segment", scans, "--weights", scans / "anna.nii.gz", "-o", out)),
         (2, "Missing option '-o'", ("severity", scans)),
@@ -123,8 +124,8 @@ def test_every_option_reaches_the_library(clinic, tmp_path, monkeypatch):
              "--label-map": "lungs:3=1", "--binarize": "lobes:4", "--lung-engine": "lungmask", "--lung-model": "R231",
              "--lung-weights": "lw", "--lung-weights-sha256": "ab", "--weights": "w", "--weights-multi": "m",
              "--weights-sha256": "cd", "--threshold": "0.3", "--device": "auto", "--batch-size": "2", "--id-salt": "s",
-             "--cache": "c", "--infection": "i", "--level": "0.4", "--min-fraction": "0.05"}
-    flags = ["--ignore-affine", "--situs-inversus", "--tta", "--strict", "--allow-truncated", "--resume"]
+             "--infection": "i", "--level": "0.4", "--min-fraction": "0.05"}
+    flags = ["--phantom", "--ignore-affine", "--situs-inversus", "--tta", "--strict", "--allow-truncated", "--resume"]
     given = [part for pair in words.items() for part in pair]
     assert call("severity", "IN", "-o", "OUT", *given, *flags)[0] == 0
     expected = {"window": (-600.0, 1500.0), "hu_offset": -1024.0, "nan_fill": -1024.0, "volume": 2,
@@ -160,9 +161,9 @@ def test_interruption(clinic, tmp_path):
                                 "-o", tmp_path / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "COVIDSEV_QUIET": "1"})
     deadline = time.monotonic() + 100
-    while not list((tmp_path / "out").glob(".anna.*.part")) and process.poll() is None and time.monotonic() < deadline:
+    while not list((tmp_path / "out").glob(".lock")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
-    assert not list((tmp_path / "out").glob(".*.part")) and not (tmp_path / "out" / "severity.csv").exists()
+    assert not list((tmp_path / "out").glob(".*.partial")) and not (tmp_path / "out" / "severity.csv").exists()

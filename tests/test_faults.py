@@ -14,12 +14,12 @@ from PIL import Image
 from toys import write_nifti as save
 
 from covidsev.severity import cases
-from covidsev.severity.cases import Options, cached_lungs, list_cases, process_case, process_cases
+from covidsev.severity.cases import process_case, process_cases
+from covidsev.severity.inputs import Options, list_cases
 from covidsev.cli import main
 from covidsev.method.unets import build_network
 from covidsev.core import ConfigError, GeometryError, MaskError
 from covidsev.method.inference import ModelInfo, save_model
-from covidsev.severity.lungs import segment_lungs
 from covidsev.data.phantom import phantom_volume
 from covidsev.core import sha256_file
 from covidsev.data.scans import read_scan
@@ -49,10 +49,8 @@ def weights(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch):
     """Drawing takes most of the time of a small case, and no fault is in it."""
-    png = b"\x89PNG\r\n\x1a\n"
-    monkeypatch.setattr(cases, "_pictures", lambda *_: dict.fromkeys(("overlay", "regions"), png))
-    monkeypatch.setattr(cases, "png_bytes", lambda _: png)
-    monkeypatch.setattr(cases, "overlay_figure", lambda *_, **__: None)
+    monkeypatch.setattr(cases, "_pictures", lambda *_: [])
+    monkeypatch.setattr(cases, "contact_sheet", lambda _: np.zeros((4, 4, 3), np.uint8))
 
 
 def cut(path, start: int, stop: int | None):
@@ -148,7 +146,7 @@ def broken(tmp_path_factory, patient):
 
 
 def test_each_broken_scan_is_explained_and_the_good_one_is_finished(broken, weights, tmp_path):
-    batch = process_cases(broken, tmp_path / "out", Options(weights=weights))
+    batch = process_cases(broken, tmp_path / "out", Options(weights=weights, phantom=True))
     assert batch.exit_code == 3 and [row["case_id"] for row in batch.rows] == ["good"]
     expected = {name.removesuffix(".gz").removesuffix(".nii"): answer for name, answer in BROKEN.items()}
     found = {one["case"]: (one["error"], one["message"]) for one in batch.failures}
@@ -159,7 +157,7 @@ def test_each_broken_scan_is_explained_and_the_good_one_is_finished(broken, weig
         assert words in message, (name, message)
         assert "do: " in message and str(broken) not in message, (name, message)
         assert words in table
-    left = {path.name for path in (tmp_path / "out").iterdir()} - {".lock"}
+    left = {path.name for path in (tmp_path / "out").iterdir()} - {".lock", ".tables.json"}
     assert left == {"good", "severity.csv", "failures.csv", "report.html"}
 
 
@@ -168,10 +166,10 @@ def test_the_command_says_the_same_and_has_status_3(broken, weights, tmp_path):
     folder.mkdir()
     for name in ("good.nii.gz", "web page.nii.gz", "raw.nii"):
         (folder / name).write_bytes((broken / name).read_bytes())
-    out = CliRunner().invoke(main, ["segment", str(folder), "--weights", str(weights), "-o", str(tmp_path / "out")])
+    out = CliRunner().invoke(main, ["segment", str(folder), "--weights", str(weights), "--phantom", "-o", str(tmp_path / "out")])
     assert out.exit_code == 3 and "1 finished, 2 failed" in out.output
     assert "web page: failed: ReadError" in out.output and "do: for grey values 0..255 name their window" in out.output
-    alone = CliRunner().invoke(main, ["segment", str(folder / "raw.nii"), "--weights", str(weights), "--hu-offset", "-1024",
+    alone = CliRunner().invoke(main, ["segment", str(folder / "raw.nii"), "--weights", str(weights), "--phantom", "--hu-offset", "-1024",
                                       "-o", str(tmp_path / "mended")])
     assert alone.exit_code == 0, alone.output
 
@@ -182,7 +180,7 @@ def test_every_remedy_that_was_used_is_recorded(patient, weights, tmp_path):
     hu = patient["hu"].astype(np.float32)[..., None]
     hu[0, :5, 0] = np.nan
     path = save(tmp_path / "one.nii.gz", hu, patient["affine"], sform_code=0, qform_code=0, scl_slope=0)
-    options = Options(task="segment", weights=weights, assume_orientation="RAS", nan_fill=-1024.0)
+    options = Options(task="segment", weights=weights, phantom=True, assume_orientation="RAS", nan_fill=-1024.0)
     result = process_case(path, tmp_path / "out", options)
     said = {text.split(":")[0]: text for text in result["warnings"]}
     assert {"orientation_assumed", "squeezed", "scl_invalid", "nan_filled"} <= set(said)
@@ -246,7 +244,7 @@ def test_a_place_that_is_read_only_is_refused_before_any_computing(patient, weig
         monkeypatch.setattr(cases.Path, "mkdir", closed)
     monkeypatch.setattr(cases, "read_scan", lambda *_, **__: pytest.fail("something was computed"))
     with pytest.raises(ConfigError, match="(?s)results cannot be written here.*closed.*(Read-only|Permission).*-o OUT"):
-        process_cases(scan, place / "out", Options(weights=weights))
+        process_cases(scan, place / "out", Options(weights=weights, phantom=True))
 
 
 def test_relative_paths_links_and_a_loop_of_links(patient, tmp_path, monkeypatch):
@@ -254,9 +252,9 @@ def test_relative_paths_links_and_a_loop_of_links(patient, tmp_path, monkeypatch
     save(folder / "a.nii.gz", patient["hu"], patient["affine"])
     options = Options(infection=save(tmp_path / "mask.nii.gz", patient["infection"], patient["affine"]))
     (tmp_path / "link").symlink_to(folder)
-    (folder / "deep").mkdir()
-    monkeypatch.chdir(folder / "deep")
-    rows = [process_cases(path, tmp_path / str(k), options).rows for k, path in enumerate(("..", "../../scans/.", tmp_path / "link"))]
+    (folder.parent / "deep").mkdir()
+    monkeypatch.chdir(folder.parent / "deep")
+    rows = [process_cases(path, tmp_path / str(k), options).rows for k, path in enumerate(("../scans", "../../one two/scans/.", tmp_path / "link"))]
     assert rows[0] == rows[1] == rows[2] and [row["case_id"] for row in rows[0]] == ["a"]
     (folder / "round").symlink_to(folder)  # a folder that holds itself
     assert [case.id for case in list_cases(folder)] == ["a", "round"]
@@ -305,37 +303,6 @@ def test_the_report_shows_this_run_only(patient, tmp_path):
 
 # processes
 
-def test_two_processes_fill_one_cache_with_one_content(patient, tmp_path):
-    scan = read_scan(save(tmp_path / "one.nii.gz", patient["hu"], patient["affine"]))
-    made = segment_lungs(scan.hu, scan.spacing_mm)
-    ready, go = os.pipe(), os.pipe()
-
-    def fill() -> None:
-        def make():
-            os.write(ready[1], b"x")  # found no entry
-            os.read(go[0], 1)
-            return made
-        ours = cached_lungs(tmp_path / "cache", "k", scan.hu.shape, make)
-        os._exit(0 if np.array_equal(ours.raw, made.raw) else 1)
-
-    children = []
-    for _ in range(2):
-        children.append(os.fork())
-        if children[-1] == 0:
-            try:
-                fill()
-            finally:
-                os._exit(2)
-    waiting = sum(len(os.read(ready[0], 1)) for _ in range(2))
-    os.write(go[1], b"xx")
-    assert waiting == 2 and [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["k.lungs"]
-    before = sha256_file(tmp_path / "cache" / "k.lungs")
-    assert np.array_equal(cached_lungs(tmp_path / "cache", "k", scan.hu.shape, None).raw, made.raw)
-    cached_lungs(tmp_path / "other", "k", scan.hu.shape, lambda: made)
-    assert sha256_file(tmp_path / "other" / "k.lungs") == before
-
-
 def test_results_do_not_depend_on_hash_seed_locale_time_zone_or_place(patient, tmp_path, monkeypatch):
     places = [tmp_path / "here", tmp_path / "there é"]
     for place in places:
@@ -343,10 +310,11 @@ def test_results_do_not_depend_on_hash_seed_locale_time_zone_or_place(patient, t
             save(place / part / "one.nii.gz", patient[part], patient["affine"])
     monkeypatch.chdir(places[0])
     process_cases("hu", "out", Options(infection="infection", lungs="lungs"))
-    code = ("from covidsev import cases\ncases._pictures = lambda *_: dict.fromkeys(('overlay', 'regions'), b'\\x89PNG\\r\\n\\x1a\\n')\n"
+    code = ("from covidsev.severity import cases\ncases._pictures = lambda *_: []\n"
+            "cases.contact_sheet = lambda _: cases.np.zeros((4, 4, 3), 'uint8')\n"
             "cases.process_cases('hu', 'out', cases.Options(infection='infection', lungs='lungs'))")
     subprocess.run([sys.executable, "-c", code], cwd=places[1], check=True, stdout=subprocess.DEVNULL,
                    env={**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "de_DE.UTF-8", "TZ": "Asia/Tokyo"})
     first, second = ({path.relative_to(place).as_posix(): sha256_file(path) for path in (place / "out").rglob("*")
                       if path.is_file() and path.name != ".lock"} for place in places)
-    assert first == second and len(first) == 7
+    assert first == second and len(first) == 8

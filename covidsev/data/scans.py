@@ -1016,7 +1016,7 @@ def read_mask_for(path: str | Path, scan: Scan, *, labels: Collection[int] = (1,
     the scan, `MaskError` where its values or its files do not fit. Nothing is resized."""
     labelled, notes = _any_mask(Path(path), scan, Rules(tuple(labels), label_map, binarize), ignore_affine)
     scan.warnings += notes
-    return np.ascontiguousarray(labelled)
+    return np.asfortranarray(labelled) if labelled.ndim == 3 else np.ascontiguousarray(labelled)
 
 # %% ../../nbs/1_data/04_scans.ipynb #cell-060
 def label_palette() -> list[int]:

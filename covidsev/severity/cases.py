@@ -7,7 +7,7 @@ __all__ = ['AGREE', 'LUNG_MARGIN_MM', 'MANIFEST', 'code_hash', 'fingerprint', 'N
            'find_case_lungs', 'Found', 'find_all', 'score_case', 'process_case', 'Batch', 'finished', 'process_cases',
            'demo']
 
-# %% ../../nbs/3_severity/05_cases.ipynb #1eb4488f
+# %% ../../nbs/3_severity/05_cases.ipynb #cell-002
 import errno
 import os
 import shutil
@@ -25,7 +25,7 @@ import numpy as np
 from .. import __version__
 from ..core import (CONSOLIDATION, ChecksumError, ConfigError, CovidSevError, GeometryError, MaskError,
                            ReadError, environment, git_commit, progress, publish_files, publish_folder, read_json,
-                           resolve_device, run_lock, sha256_bytes, sha256_file, sha256_json, write_bytes,
+                           run_lock, sha256_bytes, sha256_file, sha256_json, write_bytes,
                            write_json, write_text)
 from ..data.scans import Scan, read_mask_for, read_scan, turn_picture, write_mask
 from ..method.metrics import dsc
@@ -38,7 +38,7 @@ from .reports import (Shown, batch_html, case_html, case_pictures, colour_names,
 from .score import result_row, score_scan
 from ..method.inference import Segmenter, load_segmenter, segment
 
-# %% ../../nbs/3_severity/05_cases.ipynb #df67ff9a
+# %% ../../nbs/3_severity/05_cases.ipynb #cell-008
 @lru_cache(maxsize=1)
 def code_hash() -> str:
     """One hash for all modules of this library."""
@@ -121,7 +121,6 @@ def prepare(options: Options = Options()) -> Setup:
     """Checks the options and loads the weights. `ConfigError` without a mask and without weights: nothing is
     ever predicted with random ones; `CheckpointError` for damaged ones."""
     check_options(options)
-    resolve_device(options.device)
     infection, weights = None, {}
     if options.task == "segment" or options.infection is None:
         path = options.weights or (None if options.phantom else shipped("scan_infection"))
@@ -136,7 +135,7 @@ def prepare(options: Options = Options()) -> Setup:
     return Setup(options, infection, lungs, weights, {
         "version": __version__, "git": git_commit(), "torch": packages.get("torch"), "packages": packages})
 
-# %% ../../nbs/3_severity/05_cases.ipynb #5a947c97
+# %% ../../nbs/3_severity/05_cases.ipynb #cell-012
 def turn_upright(picture: np.ndarray, axes: str, back: bool = False) -> np.ndarray:
     """A view of a picture (H, W, ...) with its front up and its right side at the left; `back`: the inverse.
 
@@ -190,7 +189,7 @@ def _lying(lungs: LungMask, scan: Scan) -> list[str]:
     return ["picture_lies: the lungs lie one above the other; if the picture lies on its side, say how: "
             "--picture-axes LP for COVID-SemiSeg"]
 
-# %% ../../nbs/3_severity/05_cases.ipynb #cf8850ba
+# %% ../../nbs/3_severity/05_cases.ipynb #cell-017
 AGREE, LUNG_MARGIN_MM = 0.90, 16.0
 
 
@@ -263,7 +262,7 @@ def find_case_lungs(case: Case, scan: Scan, setup: Setup
     sides = _from_lobes(found.raw)
     return replace(found, labels=sides, raw=sides, kind="lungs"), found.raw, None
 
-# %% ../../nbs/3_severity/05_cases.ipynb #45de903c
+# %% ../../nbs/3_severity/05_cases.ipynb #cell-021
 class Found(NamedTuple):
     """What was found in one case: scan, infection labels, lungs after the repair (None where no lung was
     found), lobes, other lungs where two ways disagree, whether the infection was predicted, and notes that are
@@ -362,7 +361,7 @@ def score_case(case: Case, found: Found, setup: Setup,
         plain["not_computed"] |= dict.fromkeys(("severe", "severe_strict"), _UNMEASURED)
     return plain, result.parts
 
-# %% ../../nbs/3_severity/05_cases.ipynb #7251e8fb
+# %% ../../nbs/3_severity/05_cases.ipynb #cell-025
 MANIFEST = "manifest.json"
 
 
@@ -486,7 +485,7 @@ def _only_case(path: str | Path, options: Options) -> Case:
         raise ConfigError(f"{len(cases)} cases where one is expected", file=path, fix="use process_cases")
     return cases[0]
 
-# %% ../../nbs/3_severity/05_cases.ipynb #0a88829c
+# %% ../../nbs/3_severity/05_cases.ipynb #cell-031
 @dataclass(frozen=True)
 class Batch:
     """What a run gave: a row for each finished case, a dict for each failed one, and how many were taken
@@ -540,7 +539,7 @@ def _failure(case: Case, error: BaseException) -> dict[str, str]:
     return {"case": case.id, "error": type(error).__name__,
             "message": text.replace(case.name, case.id) if hashed else text}
 
-# %% ../../nbs/3_severity/05_cases.ipynb #bbacc291
+# %% ../../nbs/3_severity/05_cases.ipynb #cell-032
 _MARKS = ".tables.json"  # which tables are ours: name -> hashes
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -666,7 +665,7 @@ def process_cases(path: str | Path, out: str | Path, options: Options = Options(
             raise
     return batch
 
-# %% ../../nbs/3_severity/05_cases.ipynb #662393fb
+# %% ../../nbs/3_severity/05_cases.ipynb #cell-039
 def demo(out: str | Path, echo: Callable[[str], Any] = lambda line: None) -> Path:
     """A phantom scan with its infection mask in `out`/phantom, scored; returns its report."""
     from covidsev.data.phantom import phantom_volume

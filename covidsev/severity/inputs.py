@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'UPRIGHT', 'PICTURE_AXES', 'MASKS', 'LUNG_ENGINES', 'PACKAGE', 'RESERVED', 'Options', 'check_options',
            'shipped', 'case_id', 'find_cases', 'Case', 'list_cases']
 
-# %% ../../nbs/3_severity/03_inputs.ipynb #a93a6cc8
+# %% ../../nbs/3_severity/03_inputs.ipynb #cell-002
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core import ConfigError, MaskError, check_choice, repo_root, sha256_bytes
+from ..core import ConfigError, MaskError, check_choice, repo_root, resolve_device, sha256_bytes
 from ..data.datasets import list_pictures, natural_key
 
-# %% ../../nbs/3_severity/03_inputs.ipynb #5ab9375b
+# %% ../../nbs/3_severity/03_inputs.ipynb #cell-005
 TASKS = ("severity", "segment")
 UPRIGHT = "PL"  # rows run towards the back and columns towards the left: how a screen shows CT
 PICTURE_AXES = (UPRIGHT, "PR", "AL", "AR", "LP", "LA", "RP", "RA")
@@ -110,12 +110,14 @@ def check_options(options: Options) -> None:
                               expected=f"above {max(0, low)} and below {high}")
     if options.batch_size < 1:
         raise ConfigError("batch_size must be at least 1", found=options.batch_size)
+    if options.device != "cpu":
+        resolve_device(options.device)  # this imports torch
     for name in ("weights", "weights_multi", "lung_weights"):
         path = getattr(options, name)
         if path is not None and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise ConfigError("not a regular file", file=path, fix=f"check --{name.replace('_', '-')}")
 
-# %% ../../nbs/3_severity/03_inputs.ipynb #6754d352
+# %% ../../nbs/3_severity/03_inputs.ipynb #cell-009
 PACKAGE = Path(find_spec("covidsev").origin).parent  # where this copy of the package lies
 
 
@@ -128,7 +130,7 @@ def shipped(name: str) -> Path | None:
         pass  # installed from a wheel, and called outside a clone
     return next((path for folder in folders if (path := folder / f"{name}.safetensors").is_file()), None)
 
-# %% ../../nbs/3_severity/03_inputs.ipynb #e0d5f682
+# %% ../../nbs/3_severity/03_inputs.ipynb #cell-011
 _TEXTS = {".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".xls", ".xlsx", ".toml", ".yml", ".yaml",
           ".ini", ".db", ".log", ".bval", ".bvec", ".py", ".ipynb", ".sha256"}
 _SAYS_NOTHING = {"ct", "dicom", "dcm", "image", "images", "img", "series", "slices", "scan", "scans", "jpg", "png",
@@ -258,7 +260,7 @@ def find_cases(path: str | Path, *, pictures: str = "stack") -> list[tuple[str, 
                           fix="rename one of them" if twice else "check the path")
     return list(zip(names, paths, strict=True))
 
-# %% ../../nbs/3_severity/03_inputs.ipynb #bc3547df
+# %% ../../nbs/3_severity/03_inputs.ipynb #cell-016
 _ENDINGS = ("", "_mask", "_seg", "_infection", "_lesion", "_lung", "_lungs", "_lobes")
 RESERVED = ("severity.csv", "segment.csv", "failures.csv", "report.html", "run.json", "superseded")
 

@@ -10,7 +10,7 @@ __all__ = ['NOMINAL_WIDTH_MM', 'OPEN_SHARE', 'AIRWAY_CM2', 'DARK_HU', 'SMALL_PIE
            'split_lungs', 'slice_areas', 'cut_ends', 'z_suspect', 'check_lungs', 'LungMask', 'check_sides',
            'given_lungs', 'find_lungs', 'complete_lungs', 'segment_lungs', 'verify_weights', 'engine_lungs']
 
-# %% ../../nbs/3_severity/01_lungs.ipynb #470deee5
+# %% ../../nbs/3_severity/01_lungs.ipynb #cell-002
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from ..core import (CheckpointError, ChecksumError, ConfigError, CovidSevError, 
                            MissingExtraError, check_choice, resolve_device, sha256_file, sha256_json)
 from ..data.scans import check_hu
 
-# %% ../../nbs/3_severity/01_lungs.ipynb #2d7e3bae
+# %% ../../nbs/3_severity/01_lungs.ipynb #cell-007
 class LungSegmentationError(CovidSevError):
     """No lung was found, or what was found cannot be one."""
 
@@ -73,7 +73,7 @@ def plane_sizes(shape: tuple[int, ...], spacing_mm: Sequence[float] | None) -> S
     first, second = float(spacing_mm[0]), float(spacing_mm[1])
     return Sizes(first, second, None) if len(shape) == 2 else Sizes(second, first, float(spacing_mm[2]))
 
-# %% ../../nbs/3_severity/01_lungs.ipynb #fbaf1575
+# %% ../../nbs/3_severity/01_lungs.ipynb #cell-011
 def grow(mask: np.ndarray, radius: float, pixel: Sequence[float] = (1.0, 1.0)) -> np.ndarray:
     """`mask` (Z, Y, X) grown in each plane by a disk of `radius`; pixel: height and width in its unit."""
     packed, (tall, wide) = np.packbits(mask, axis=0), pixel
@@ -95,7 +95,7 @@ def shrink(mask: np.ndarray, radius: float, pixel: Sequence[float] = (1.0, 1.0))
     """`mask` (Z, Y, X) without what lies within `radius` of its outside; the edge of the image is no border."""
     return ~grow(~mask, radius, pixel)
 
-# %% ../../nbs/3_severity/01_lungs.ipynb #ff8576f1
+# %% ../../nbs/3_severity/01_lungs.ipynb #cell-014
 OPEN_SHARE = 0.015  # of a plane: the least that a lung open to its edge covers
 
 
@@ -178,7 +178,7 @@ def _body(planes: np.ndarray, unit: str, sizes: Sizes) -> np.ndarray:
     fine = body.repeat(step, axis=1).repeat(step, axis=2)[:, :planes.shape[1], :planes.shape[2]]
     return shrink(fine, 1)
 
-# %% ../../nbs/3_severity/01_lungs.ipynb #a00b491d
+# %% ../../nbs/3_severity/01_lungs.ipynb #cell-018
 AIRWAY_CM2 = 15.0
 DARK_HU = -930.0  # a tenth of any windpipe, and the mean of gas in a stomach, are below this
 SMALL_PIECE_ML = 200.0
@@ -241,7 +241,7 @@ def _lung_air(air: np.ndarray, planes: np.ndarray, unit: str, least: float) -> n
                                     fix="check that this is a chest CT; or give a lung mask: --lungs MASK")
     return (np.cumsum(keep) * keep).astype(np.int32)[pieces]
 
-# %% ../../nbs/3_severity/01_lungs.ipynb #143a42bf
+# %% ../../nbs/3_severity/01_lungs.ipynb #cell-023
 SECOND_LUNG = 0.15  # a second piece below this share of the first is no lung of its own
 
 
@@ -326,7 +326,7 @@ def split_lungs(mask: np.ndarray, spacing_mm: Sequence[float] | None = None,
     labels, how = _split(to_planes(mask), sizes, midline)
     return from_planes(labels, mask.ndim), how
 
-# %% ../../nbs/3_severity/01_lungs.ipynb #c4260fcf
+# %% ../../nbs/3_severity/01_lungs.ipynb #cell-027
 CLOSE_MM, GATE_MM, NEAR_MM, GATE_HU = 6.0, 10.0, 5.0, 200.0
 
 
@@ -352,7 +352,8 @@ def _smooth_lungs(labels: np.ndarray, sizes: Sizes) -> np.ndarray:
 def _classical(planes: np.ndarray, body: np.ndarray, unit: str, sizes: Sizes) -> tuple[np.ndarray, str]:
     """uint8 labels (Z, Y, X) of the aerated lungs, and how right and left were told apart."""
     if not body.any():
-        raise LungSegmentationError("no lung was found", found="no body in the image", expected="a chest CT")
+        raise LungSegmentationError("no lung was found", found="no body in the image", expected="a chest CT",
+                                    fix="check the scan; or give a lung mask: --lungs MASK")
     box = (slice(None), *_box(body)[1:])
     inside, image = body[box], planes[box]
     air = inside & (image < -400 if unit == "HU" else image <= otsu(planes))
@@ -366,7 +367,7 @@ def _classical(planes: np.ndarray, body: np.ndarray, unit: str, sizes: Sizes) ->
     labels[box] = _smooth_lungs(found, sizes)
     return labels, how
 
-# %% ../../nbs/3_severity/01_lungs.ipynb #75d708e6
+# %% ../../nbs/3_severity/01_lungs.ipynb #cell-031
 REPAIR_WARNING, REPAIR_ERROR = 0.40, 0.70
 
 
@@ -376,10 +377,14 @@ def _candidates(infection: np.ndarray, labels: np.ndarray, planes: np.ndarray, b
     found = infection & (labels == 0)
     if not found.any():
         return found
-    z, *plane = _box(found, int(GATE_MM / min(sizes.y, sizes.x)) + 2)
-    deep = shrink(np.pad(body[z], ((0, 0), (1, 1), (1, 1))), GATE_MM, (sizes.y, sizes.x))[:, 1:-1, 1:-1]
-    found[z] &= deep
-    return found & (planes < GATE_HU) if unit == "HU" else found
+    z, *plane = _box(found)
+    margin = int(GATE_MM / min(sizes.y, sizes.x)) + 2
+    box = (z, *(slice(max(0, one.start - margin), one.stop + margin) for one in plane))
+    deep = shrink(np.pad(body[box], ((0, 0), (1, 1), (1, 1))), GATE_MM, (sizes.y, sizes.x))[:, 1:-1, 1:-1]
+    found[box] &= deep
+    if unit == "HU":
+        found[box] &= planes[box] < GATE_HU
+    return found
 
 
 def _pieces_to_add(candidates: np.ndarray, labels: np.ndarray, sizes: Sizes) -> np.ndarray:
@@ -421,7 +426,7 @@ def _repair(labels: np.ndarray, infection: np.ndarray, planes: np.ndarray, body:
                                     fix="check the infection mask; or give a lung mask: --lungs MASK")
     return repaired, fraction
 
-# %% ../../nbs/3_severity/01_lungs.ipynb #de3cfe4b
+# %% ../../nbs/3_severity/01_lungs.ipynb #cell-036
 LITRES, AREA_SHARE, ASYMMETRY, AREA_JUMP = (0.8, 9.0), (0.08, 0.60), (0.4, 1.8), 0.40
 CUT_SHARE = 0.03  # of the largest area: what the first or last slice may hold of lungs that are seen whole
 UPSIDE_DOWN, UPSIDE_DOWN_CUT = 1.1, 1.4  # how much wider the top may be than the base; of lungs that are cut off
@@ -494,7 +499,7 @@ def check_lungs(labels: np.ndarray, spacing_mm: Sequence[float] | None = None,
     return [*_check_extent(right, left, plane_sizes(labels.shape, spacing_mm), n_body, len(planes)),
             *_check_planes(planes.T)]
 
-# %% ../../nbs/3_severity/01_lungs.ipynb #1c7e8bdf
+# %% ../../nbs/3_severity/01_lungs.ipynb #cell-040
 @dataclass
 class LungMask:
     """Lungs, and how they were found.
@@ -622,7 +627,7 @@ def segment_lungs(image: np.ndarray, spacing_mm: Sequence[float] | None = None, 
         mask = given_lungs(lungs, spacing_mm, situs_inversus)
     return complete_lungs(mask, image, spacing_mm, unit, infection=infection, strict=strict)
 
-# %% ../../nbs/3_severity/01_lungs.ipynb #2b096882
+# %% ../../nbs/3_severity/01_lungs.ipynb #cell-047
 LOBES = {"right_upper": 1, "right_middle": 2, "right_lower": 3, "left_upper": 4, "left_lower": 5}
 ENGINES = ("classical", "lungmask", "totalsegmentator")
 _LUNGMASK = {"R231": ("lungs", {1: 1, 2: 2}), "R231CovidWeb": ("lungs", {1: 1, 2: 2}),

@@ -8,7 +8,7 @@ __all__ = ['NONE', 'SCORE_COLOURS', 'SCORE_NAMES', 'INFECTION', 'LUNGS', 'OTHER_
            'hu_histogram', 'Card', 'answers', 'network_error', 'Line', 'score_lines', 'measure_lines', 'missing_lines',
            'notes', 'provenance', 'case_html', 'batch_html', 'csv_text']
 
-# %% ../../nbs/3_severity/04_reports.ipynb #7f5621de
+# %% ../../nbs/3_severity/04_reports.ipynb #cell-002
 import csv
 import json
 import textwrap
@@ -30,7 +30,7 @@ from .inputs import PACKAGE
 from .lungs import slice_areas
 from .score import MIN_FRACTION, SCHEMA, count_regions, extent_score, fractions
 
-# %% ../../nbs/3_severity/04_reports.ipynb #0add0bb8
+# %% ../../nbs/3_severity/04_reports.ipynb #cell-007
 NONE = "–"
 _BORDERS = (0.01, 0.05, 0.25, 0.5, 0.75, 1.0)  # where a share changes a score
 
@@ -61,7 +61,7 @@ def number_text(value: Any, unit: str = "") -> str:
     shown = "−" + shown[1:] if shown.startswith("-") and shown[1:2].isdigit() else shown
     return f"{shown} {unit}".rstrip()
 
-# %% ../../nbs/3_severity/04_reports.ipynb #9c59bf2a
+# %% ../../nbs/3_severity/04_reports.ipynb #cell-011
 SCORE_COLOURS = {0: "#E4E4E4", 1: LINES[3], 2: LINES[6]}
 SCORE_NAMES = {0: "0: none, or below the floor", 1: "1: less than half", 2: "2: half or more"}
 INFECTION, LUNGS, OTHER_LUNGS = PALETTE["ground-glass opacity"], PALETTE["edge"], LINES[2]
@@ -116,7 +116,8 @@ class _View(NamedTuple):
 
     def cut(self, axis: int, at: int, masks: bool = True) -> np.ndarray:
         """A cut through the box as displayed, uint8 RGB: front or top up, the patient's right at the left."""
-        plane = lambda array: turn_picture(np.take(array, at, axis)) if axis else np.take(array, at, 0).T[::-1]
+        place = tuple(at if own == axis else slice(None) for own in range(3))
+        plane = lambda array: turn_picture(array[place]) if axis else array[place].T[::-1]
         grey = plane(self.hu)
         grey = to_uint8(grey, *LEVEL_WIDTH) if self.unit == "HU" else np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
         if not masks:
@@ -233,7 +234,7 @@ def contact_sheet(shown: Sequence[Shown], columns: int = 3) -> np.ndarray:
         sheet.paste(Image.fromarray(picture), (x + 4, y + 20))
     return np.asarray(sheet)
 
-# %% ../../nbs/3_severity/04_reports.ipynb #490cb974
+# %% ../../nbs/3_severity/04_reports.ipynb #cell-015
 _LOW, _HIGH, _BIN = -1000, 200, 25
 
 
@@ -252,7 +253,7 @@ def hu_histogram(scan: Scan, infection: np.ndarray, lungs: np.ndarray) -> dict[s
             row += np.bincount(values, minlength=counts.shape[1])
     return {"low": _LOW, "high": _HIGH, "lung": counts[0].tolist(), "lesion": counts[1].tolist()}
 
-# %% ../../nbs/3_severity/04_reports.ipynb #9f991690
+# %% ../../nbs/3_severity/04_reports.ipynb #cell-018
 THICK_MM = 3.0
 
 
@@ -351,7 +352,7 @@ def network_error(result: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"lines": lines, "text": f"The masks were drawn by a network. On {measured.get('on', 'other scans')}, which "
                                     f"it had not seen, it was compared with experts.{licence}"}
 
-# %% ../../nbs/3_severity/04_reports.ipynb #8cdb78bf
+# %% ../../nbs/3_severity/04_reports.ipynb #cell-022
 class Line(NamedTuple):
     """One row of a table: name, value or "–", the reason where there is none, and range and source."""
 
@@ -441,7 +442,7 @@ def missing_lines(result: Mapping[str, Any]) -> dict[str, list[str]]:
             found.setdefault(reason, []).append(names.get(name, name))
     return found
 
-# %% ../../nbs/3_severity/04_reports.ipynb #98c45e50
+# %% ../../nbs/3_severity/04_reports.ipynb #cell-025
 _RULE = ("Geometric approximation: the borders of the regions are planes placed in the outline of each lung. "
          "Fissures and bronchi were not looked at.")
 _METHODS = {
@@ -495,7 +496,7 @@ def provenance(result: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
         found["Model"] = [("", "none: the infection mask was given")]
     return found
 
-# %% ../../nbs/3_severity/04_reports.ipynb #ab916bfc
+# %% ../../nbs/3_severity/04_reports.ipynb #cell-028
 _ENGINE = Environment(loader=FileSystemLoader(PACKAGE / "severity" / "templates"), autoescape=True,
                       undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 _ENGINE.filters |= {"share": share_text, "number": number_text}
@@ -576,7 +577,7 @@ def case_html(result: Mapping[str, Any], shown: Sequence[Shown] = (), colours: M
         histogram=_for_drawing(result.get("histogram")), measures=measure_lines(result),
         missing=missing_lines(result), notes=notes(result), used=provenance(result))
 
-# %% ../../nbs/3_severity/04_reports.ipynb #1a15fbac
+# %% ../../nbs/3_severity/04_reports.ipynb #cell-032
 def _rank(row: Mapping[str, Any]) -> tuple:
     """Sorting key: severe, undecided, not severe; then score (or its lower bound), share and name."""
     known = row["ct_ss"] if row["ct_ss"] is not None else row["low"]
@@ -639,7 +640,7 @@ def batch_html(rows: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str
         rows=[_row_view(row) for row in ordered],
         failures=[_failure_view(failure) for failure in failures], cards=_batch_cards(rows, failures))
 
-# %% ../../nbs/3_severity/04_reports.ipynb #f5df7efb
+# %% ../../nbs/3_severity/04_reports.ipynb #cell-035
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 

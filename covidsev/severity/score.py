@@ -10,7 +10,7 @@ __all__ = ['LOBES', 'REGIONS', 'LOBE_OF_REGION', 'LOBE_FILL_WARNING', 'LOBE_FILL
            'total', 'density_measures', 'lesion_mass_g', 'peripheral_zone', 'lesion_components', 'drop_fragments',
            'SeverityResult', 'result_row', 'severity', 'score_scan']
 
-# %% ../../nbs/3_severity/02_score.ipynb #cecac88b
+# %% ../../nbs/3_severity/02_score.ipynb #cell-002
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from ..data.scans import Scan, turn_picture
 from ..method.metrics import as_mask
 from .lungs import LungSegmentationError, check_sides, cut_ends, slice_areas, z_suspect
 
-# %% ../../nbs/3_severity/02_score.ipynb #34ce3046
+# %% ../../nbs/3_severity/02_score.ipynb #cell-007
 LOBES = {1: "right upper", 2: "right middle", 3: "right lower", 4: "left upper", 5: "left lower"}
 
 
@@ -53,7 +53,7 @@ REGIONS = tuple(Region(number, name, lobe) for number, (name, lobe) in enumerate
 LOBE_OF_REGION = np.array([0] + [region.lobe for region in REGIONS], np.uint8)  # lobes = LOBE_OF_REGION[ids]
 _SIDE_OF_LOBE = np.array([0, 1, 1, 1, 2, 2], np.uint8)
 
-# %% ../../nbs/3_severity/02_score.ipynb #6c9d1ae1
+# %% ../../nbs/3_severity/02_score.ipynb #cell-010
 @dataclass(frozen=True)
 class RegionGeometry:
     """Where the regions are cut, as shares of an extent: height 0 apex to 1 base, depth 0 front to 1 back,
@@ -83,7 +83,7 @@ class RegionGeometry:
         """Whether `value` < `cut`; what is equal but for rounding is not below."""
         return np.asarray(value) < cut - self.tolerance
 
-# %% ../../nbs/3_severity/02_score.ipynb #1e88203e
+# %% ../../nbs/3_severity/02_score.ipynb #cell-013
 def _volume(array: ArrayLike) -> NDArray:
     """A view (X, Y, Z) of a volume, or of a picture as one slice. `GeometryError` for any other shape."""
     array = np.asarray(array)
@@ -124,7 +124,7 @@ def _lung_labels(lungs: ArrayLike) -> NDArray[np.uint8]:
                                     fix="check the lung mask; without a lung there is no share of it")
     return labels
 
-# %% ../../nbs/3_severity/02_score.ipynb #a75707c0
+# %% ../../nbs/3_severity/02_score.ipynb #cell-017
 def _steps(n: int) -> NDArray[np.float64]:
     """The middles of n equal steps from 0 to 1."""
     return (2 * np.arange(n) + 1) / (2 * n)
@@ -148,7 +148,7 @@ def _slice_boxes(mask: NDArray[np.bool_]) -> Iterator[tuple[int, slice, slice]]:
     for k in np.flatnonzero(across.any(axis=0)):
         yield int(k), _span(across[:, k]), _span(along[:, k])
 
-# %% ../../nbs/3_severity/02_score.ipynb #67535fab
+# %% ../../nbs/3_severity/02_score.ipynb #cell-020
 def _basal_regions(superior: bool, width: NDArray, depth: NDArray, g: RegionGeometry) -> NDArray[np.uint8]:
     """Regions 6..10 of a slice of a right lower lobe, (X, Y), from its `width` (X, 1) and `depth` (1, Y)."""
     medial = g.below(width, g.medial) & g.below(depth, g.medial_depth)
@@ -203,7 +203,7 @@ def _lobe_slice(lobe: int, height: float, width: NDArray, depth: NDArray,
         return np.uint8(11) if apex else np.where(back, np.uint8(12), np.uint8(13))
     return np.uint8(14 if g.below(height, g.lobe_lingula) else 15)
 
-# %% ../../nbs/3_severity/02_score.ipynb #6bb80dcf
+# %% ../../nbs/3_severity/02_score.ipynb #cell-022
 def _paint(units: NDArray[np.uint8], sides: Sequence[int], table: Any,
            levels: NDArray | None = None) -> NDArray[np.uint8]:
     """Region numbers (X, Y, Z): the units 1, 2, ... slice by slice, from table(unit, height, width, depth).
@@ -255,7 +255,7 @@ def _partition(lungs: NDArray[np.uint8], lobes: NDArray[np.uint8] | None, geomet
         return _paint(lobes, _SIDE_OF_LOBE[1:], lambda *place: _lobe_slice(*place, geometry))
     return _paint(lungs, (1, 2), lambda *place: _lung_slice(*place, geometry), levels)
 
-# %% ../../nbs/3_severity/02_score.ipynb #2dd057c4
+# %% ../../nbs/3_severity/02_score.ipynb #cell-025
 LOBE_FILL_WARNING, LOBE_FILL_LIMIT = 0.02, 0.20
 
 
@@ -300,7 +300,7 @@ def _fill_nearest(lobes: NDArray[np.uint8], lung: NDArray[np.bool_]) -> None:
     nearest = ndimage.distance_transform_edt(seeds == 0, return_distances=False, return_indices=True)
     lobes[box][gaps] = seeds[tuple(axis[gaps] for axis in nearest)]
 
-# %% ../../nbs/3_severity/02_score.ipynb #928d411c
+# %% ../../nbs/3_severity/02_score.ipynb #cell-027
 def partition_regions(lungs: ArrayLike, lobes: ArrayLike | None = None,
                       geometry: RegionGeometry = RegionGeometry(), *,
                       z: ArrayLike | None = None) -> NDArray[np.uint8]:
@@ -323,7 +323,7 @@ def partition_regions(lungs: ArrayLike, lobes: ArrayLike | None = None,
     ids[box] = _partition(labels[box], parts, geometry, None if levels is None else levels[:, box[2]])
     return _as_given(ids, lungs)
 
-# %% ../../nbs/3_severity/02_score.ipynb #fa85ebbe
+# %% ../../nbs/3_severity/02_score.ipynb #cell-036
 def _bincount(numbers: NDArray[np.uint8], n: int) -> NDArray[np.int64]:
     """How often 1..n stand in a volume; slice by slice, since `np.bincount` makes 8 bytes of each voxel."""
     counts = sum(np.bincount(plane.ravel(order="K"), minlength=n + 1) for plane in np.moveaxis(numbers, -1, 0))
@@ -350,7 +350,7 @@ def extent_score(fraction: float | None, min_fraction: float = 0.0) -> int | Non
         return None
     return 2 if fraction >= 0.5 else int(fraction > 0 and fraction >= min_fraction)
 
-# %% ../../nbs/3_severity/02_score.ipynb #c441a6bf
+# %% ../../nbs/3_severity/02_score.ipynb #cell-039
 THRESHOLD = 19.5  # severe above it: Yang et al. 2020
 MIN_FRACTION = 0.01
 MIN_FRACTIONS = (0.0, 0.001, 0.005, 0.01, 0.02, 0.05)
@@ -389,7 +389,7 @@ def ct_ss_by_floor(n_inf: Sequence[int], n_vox: Sequence[int],
     shares = fractions(n_inf, n_vox)
     return {floor: sum_scores([extent_score(share, floor) for share in shares]).partial for floor in floors}
 
-# %% ../../nbs/3_severity/02_score.ipynb #606e2f58
+# %% ../../nbs/3_severity/02_score.ipynb #cell-043
 SECTORS = tuple(f"{side} {depth} {width}" for side in ("right", "left") for depth in ("anterior", "posterior")
                 for width in ("medial", "lateral"))
 
@@ -406,7 +406,7 @@ def slice_sectors(lungs: ArrayLike, geometry: RegionGeometry = RegionGeometry())
     """The number 1..8 of the sector (see `SECTORS`) of every lung pixel, 0 elsewhere; uint8."""
     return _as_given(_paint(_lung_labels(lungs), (1, 2), _sector_table(geometry)), lungs)
 
-# %% ../../nbs/3_severity/02_score.ipynb #9d01e850
+# %% ../../nbs/3_severity/02_score.ipynb #cell-047
 def pan_score(fraction: float | None) -> int | None:
     """0..5 for the infected share of a lobe. Pan et al., Radiology 2020;295:715."""
     if not fraction:
@@ -437,7 +437,7 @@ def total(scores: Iterable[int | None]) -> int | None:
     scores = list(scores)
     return None if any(score is None for score in scores) else sum(scores)
 
-# %% ../../nbs/3_severity/02_score.ipynb #9a4fb592
+# %% ../../nbs/3_severity/02_score.ipynb #cell-050
 HIGH_OPACITY_HU, OTHER_HIGH_OPACITY_HU = -200, -300
 
 
@@ -457,7 +457,7 @@ def lesion_mass_g(hu: NDArray, voxel_ml: float) -> float:
     """Mass in g of lesion voxels: (HU + 1000)/1000 g a mL, HU clipped to [-1000, 200]."""
     return float((np.clip(np.asarray(hu, np.float64), -1000, 200) + 1000).sum() / 1000 * voxel_ml)
 
-# %% ../../nbs/3_severity/02_score.ipynb #964f383c
+# %% ../../nbs/3_severity/02_score.ipynb #cell-053
 def peripheral_zone(lungs: ArrayLike, spacing_mm: Sequence[float] | None = None) -> NDArray[np.bool_]:
     """The outer third of each lung, by the distance to its surface in the slice; bool.
 
@@ -486,7 +486,7 @@ def lesion_components(lesion: NDArray[np.bool_], voxel_ml: float,
     volumes = np.bincount(numbers[part])[1:] * voxel_ml
     return int(np.count_nonzero(volumes >= smallest_ml)), float(volumes.max())
 
-# %% ../../nbs/3_severity/02_score.ipynb #535467fb
+# %% ../../nbs/3_severity/02_score.ipynb #cell-056
 FRAGMENT = 0.01
 
 
@@ -521,7 +521,7 @@ def _check_one_label(lungs: NDArray[np.uint8]) -> None:
                             found=f"only label {lungs.max()}, in two pieces side by side",
                             expected="1 right lung, 2 left lung", fix="split it: covidsev.severity.lungs.split_lungs")
 
-# %% ../../nbs/3_severity/02_score.ipynb #99af5b1f
+# %% ../../nbs/3_severity/02_score.ipynb #cell-059
 SCHEMA = "covidsev.severity/1"
 _NOT_IN_ROW = {"geometry", "bounds", "bounds_strict", "regions", "unobserved", "sectors", "lobes",
                "not_computed", "warnings", "input", "software", "model", "parts"}
@@ -616,7 +616,7 @@ def result_row(result: Mapping[str, Any]) -> dict[str, Any]:
     flat |= {f"region_{region['id']:02d}": region["score"] for region in result["regions"]}
     return flat | {"warnings": "; ".join(result["warnings"])}
 
-# %% ../../nbs/3_severity/02_score.ipynb #80ba7fb3
+# %% ../../nbs/3_severity/02_score.ipynb #cell-061
 @dataclass
 class _Case:
     """A patient inside the bounding box of the lungs: arrays (X, Y, Z), and what is known about them."""
@@ -747,7 +747,7 @@ def _prepare(given: Mapping[str, ArrayLike | None], z: ArrayLike | None, spacing
     case.warnings = _notice(case, n_disagree)
     return case
 
-# %% ../../nbs/3_severity/02_score.ipynb #9c4a974f
+# %% ../../nbs/3_severity/02_score.ipynb #cell-063
 def _notice(case: _Case, n_disagree: int) -> list[str]:
     """Warnings, each `code: text with its value`."""
     outside, filled = case.shares["outside_fraction"] or 0, case.shares["lobe_fill_fraction"] or 0
@@ -764,7 +764,7 @@ def _notice(case: _Case, n_disagree: int) -> list[str]:
     }
     return [text for text, applies in found.items() if applies]
 
-# %% ../../nbs/3_severity/02_score.ipynb #4336e227
+# %% ../../nbs/3_severity/02_score.ipynb #cell-066
 def _table(names: Sequence[Mapping[str, Any]], n_vox: NDArray, n_inf: NDArray,
            floor: float) -> list[dict[str, Any]]:
     """One dict a region or sector: its names, counts, share and both scores."""
@@ -874,7 +874,7 @@ def _type_values(case: _Case, share_by_hu: float | None) -> dict[str, Any]:
     return {"ggo_share": share, "consolidation_share": None if share is None else 1 - share,
             "ggo_source": source}
 
-# %% ../../nbs/3_severity/02_score.ipynb #cce1ce0a
+# %% ../../nbs/3_severity/02_score.ipynb #cell-069
 _TOTALS = ("ct_ss", "ct_ss_strict", "margin")
 _SUMS = ("partial", "partial_strict", "bounds", "bounds_strict", "severe", "severe_strict",
          "ct_ss_extrapolated")
@@ -921,7 +921,7 @@ def _reasons(values: Mapping[str, Any], case: _Case) -> dict[str, str]:
                 found.setdefault(name, reason)
     return found
 
-# %% ../../nbs/3_severity/02_score.ipynb #3940e0f2
+# %% ../../nbs/3_severity/02_score.ipynb #cell-071
 def severity(infection: ArrayLike | None, lungs: ArrayLike, *, lobes: ArrayLike | None = None,
              hu: ArrayLike | None = None, spacing_mm: Sequence[float] | None = None,
              labels: ArrayLike | None = None, z: ArrayLike | None = None, min_fraction: float = MIN_FRACTION,
@@ -949,7 +949,7 @@ def severity(infection: ArrayLike | None, lungs: ArrayLike, *, lobes: ArrayLike 
         min_fraction=float(min_fraction), threshold=THRESHOLD, warnings=case.warnings,
         not_computed=_reasons(values, case), parts=(case.box, case.ids) if case.known else None, **values)
 
-# %% ../../nbs/3_severity/02_score.ipynb #346d1238
+# %% ../../nbs/3_severity/02_score.ipynb #cell-075
 def score_scan(scan: Scan, infection: ArrayLike | None, lungs: ArrayLike, **options: Any) -> SeverityResult:
     """`severity` of masks on the canonical grid of `scan`, with its HU, spacing and record, and `options`.
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'COLOURINGS', 'LUNG_COLOUR', 'Study', 'make_study', 'Look', 'colourings', 'blend_probability',
-           'render_slice', 'slice_png', 'slice_facts', 'legend', 'facts_html', 'spread_slices', 'draw_strip',
-           'snapshot', 'screen_size', 'SliceViewer', 'view']
+           'render_slice', 'png_bytes', 'slice_png', 'slice_facts', 'legend', 'facts_html', 'spread_slices',
+           'draw_strip', 'snapshot', 'screen_size', 'SliceViewer', 'view']
 
 # %% ../../nbs/3_severity/06_viewer.ipynb #cell-002
 from base64 import b64encode
@@ -27,7 +27,7 @@ from ..core import (ConfigError, GeometryError, IntensityError, MaskError, Missi
 from ..data.show import (ERROR_NAMES, ERRORS, LINES, PALETTE, captioned, draw_contour, error_map,
                               overlay)
 from ..data.phantom import to_uint8
-from .reports import NONE, SCORE_COLOURS, number_text, png_bytes, share_text, worst_slice
+from .reports import NONE, SCORE_COLOURS, number_text, share_text, worst_slice
 from ..data.scans import Scan, turn_picture
 from .score import MIN_FRACTION, REGIONS, count_regions, extent_score, fractions
 
@@ -202,6 +202,13 @@ def render_slice(study: Study, look: Look = Look()) -> np.ndarray:
     return picture
 
 # %% ../../nbs/3_severity/06_viewer.ipynb #cell-022
+def png_bytes(fig: Figure, dpi: int = 72) -> bytes:
+    """A figure as PNG, the same bytes for the same figure."""
+    buffer = BytesIO()
+    fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def slice_png(picture: np.ndarray) -> bytes:
     """An RGB picture (H, W, 3), uint8, as PNG, packed lightly: quick to make and soon replaced."""
     buffer = BytesIO()

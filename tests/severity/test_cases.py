@@ -1,12 +1,9 @@
 """From scans to folders of results: whole or absent, resumable, failures apart, nothing private in any file."""
-import io
 import json
 import signal
 import subprocess
 import sys
-import threading
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,20 +14,18 @@ import torch
 from PIL import Image
 
 from covidsev.severity import cases
-from covidsev.severity.cases import (MANIFEST, Options, cached_lungs, check_options, find_all, finished, list_cases, prepare,
-                            process_case, process_cases)
+from covidsev.severity.cases import (MANIFEST, find_all, finished, prepare, process_case,
+                                     process_cases)
+from covidsev.severity.inputs import Options, check_options, list_cases
+from covidsev.severity.reports import Shown
 from covidsev.method.unets import build_network
-from covidsev.core import CheckpointError, ConfigError, GeometryError, MaskError, RunLockedError
+from covidsev.core import (CheckpointError, ChecksumError, ConfigError, CovidSevError, GeometryError, MaskError,
+                           RunLockedError)
 from covidsev.method.inference import ModelInfo, save_model
-from covidsev.severity.lungs import LungSegmentationError, segment_lungs
+from covidsev.severity.lungs import LungSegmentationError
 from covidsev.data.phantom import phantom_volume, to_uint8
 from covidsev.core import run_lock, sha256_file
-from covidsev.data.scans import read_scan, turn_picture
-
-_BUFFER = io.BytesIO()
-Image.new("L", (1, 1)).save(_BUFFER, "png")
-PNG = _BUFFER.getvalue()
-
+from covidsev.data.scans import turn_picture
 
 def ras(planes):
     return planes[:, ::-1, ::-1].transpose(2, 1, 0)
@@ -64,9 +59,7 @@ def clinic(tmp_path_factory):
 def quick_pictures(request, monkeypatch):
     """Drawing takes most of the time of a small case; where pictures do not matter, there is a small one."""
     if "real_pictures" not in request.fixturenames:
-        monkeypatch.setattr(cases, "_pictures", lambda *_: dict.fromkeys(("overlay", "regions"), PNG))
-        monkeypatch.setattr(cases, "png_bytes", lambda _: PNG)
-        monkeypatch.setattr(cases, "overlay_figure", lambda *_, **__: None)
+        monkeypatch.setattr(cases, "_pictures", lambda *_: [Shown("slice", np.zeros((4, 4, 3), np.uint8))])
 
 
 @pytest.fixture
@@ -82,7 +75,7 @@ def given(clinic):
 def tree(folder):
     """Every file below a folder, without the lock, with its hash."""
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != ".lock"}
+            if path.is_file() and path.name not in (".lock", ".tables.json")}
 
 
 def damage(clinic, tmp_path):
@@ -129,16 +122,15 @@ def test_resume_takes_over_what_is_whole(clinic, given, tmp_path):
     process_cases(scans, out, given)
     before = tree(out)
     assert process_cases(scans, out, given, resume=True).n_resumed == 2 and tree(out) == before
-    for name in ("lungs.nii.gz", "severity.json", MANIFEST):
+    for name in ("lungs.nii.gz", "severity.json"):
         path = out / "ben" / name
         path.write_bytes(path.read_bytes()[:-7])
         assert process_cases(scans, out, given, resume=True).n_resumed == 1 and tree(out) == before, name
         path.unlink()
-        if name != MANIFEST:
-            assert process_cases(scans, out, given, resume=True).n_resumed == 1 and tree(out) == before, name
-            continue
-        with pytest.raises(ConfigError, match="not a result of this library"):
-            process_cases(scans, out, given, resume=True)
+        assert process_cases(scans, out, given, resume=True).n_resumed == 1 and tree(out) == before, name
+    (out / "ben" / MANIFEST).unlink()
+    with pytest.raises(ConfigError, match="not a result of this library"):
+        process_cases(scans, out, given, resume=True)
     for other in (replace(given, min_fraction=0.03), replace(given, lungs=None)):
         fresh = tmp_path / str(other.min_fraction)
         process_cases(scans / "anna.nii.gz", fresh, replace(given, infection=clinic / "masks" / "anna.nii.gz",
@@ -195,10 +187,11 @@ def test_an_old_result_never_shows_as_new(clinic, given, tmp_path):
     assert process_cases(scans, out, given, resume=True).n_resumed == 1 and tree(out / "ben") == old
 
 
-def test_tables_of_an_earlier_run_go_first(clinic, given, tmp_path, monkeypatch):
-    """A run that is interrupted leaves no table that could be taken for its own."""
+def test_an_interrupted_run_leaves_the_tables_of_the_run_before(clinic, given, tmp_path, monkeypatch):
+    """They say of which run they are; nothing half made is left."""
     out = tmp_path / "out"
     process_cases(clinic / "scans", out, given)
+    before = tree(out)
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -206,21 +199,96 @@ def test_tables_of_an_earlier_run_go_first(clinic, given, tmp_path, monkeypatch)
     monkeypatch.setattr(cases, "find_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         process_cases(clinic / "scans", out, replace(given, min_fraction=0.02))
-    assert not list(out.glob("*.csv")) and not list(out.glob("*.html")) and not list(out.glob(".*.part"))
+    assert tree(out) == before
     monkeypatch.undo()
     assert process_cases(clinic / "scans", out, given, resume=True).n_resumed == 2
 
 
-@pytest.mark.parametrize("moment", ["find_all", "write_mask", "case_html", "_seal", "_put"])
+MOMENTS = ["find_all", "write_mask", "case_html", "_seal"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_failure_at_any_moment_leaves_nothing(clinic, given, tmp_path, monkeypatch, moment):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device", str(tmp_path / "secret"))
+    def broken(*_, **__):
+        raise OSError(5, "Input/output error", str(tmp_path / "secret"))
 
     out = tmp_path / "out"
-    monkeypatch.setattr(cases, moment, full)
+    monkeypatch.setattr(cases, moment, broken)
     batch = process_cases(clinic / "scans", out, given)
-    assert [one["message"] for one in batch.failures] == ["No space left on device"] * 2
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "failures.csv", "report.html", "severity.csv"]
+    assert [one["message"] for one in batch.failures] == ["Input/output error"] * 2
+    assert sorted(path.name for path in out.iterdir()) == [".lock", ".tables.json", "failures.csv", "report.html", "severity.csv"]
+
+
+@pytest.mark.parametrize("moment", [*MOMENTS, "csv_text"])
+def test_a_full_disk_stops_the_batch_and_keeps_everything(clinic, given, tmp_path, monkeypatch, moment):
+    """It is no fault of the case: no row of failures, nothing superseded, the tables as they were."""
+    out, calls, real = tmp_path / "out", [], getattr(cases, moment)
+    process_cases(clinic / "scans", out, given)
+    before = tree(out)
+
+    def full(*given, **more):
+        calls.append(1)
+        if len(calls) > 1 or moment == "csv_text":
+            raise OSError(28, "No space left on device")
+        return real(*given, **more)
+
+    monkeypatch.setattr(cases, moment, full)
+    changed = replace(given, min_fraction=0.02)
+    with pytest.raises(CovidSevError, match="(?s)the run stops here; what is finished stays.*No space left.*--resume"):
+        process_cases(clinic / "scans", out, changed)
+    monkeypatch.undo()
+    kept = tree(out)
+    assert {name: kept[name] for name in before if "/" not in name} == {name: before[name] for name in before if "/" not in name}
+    assert not (out / "superseded").exists() and not (out / "failures.csv").exists()
+    assert {name: kept[name] for name in before if name.startswith("ben/")} == {
+        name: before[name] for name in before if name.startswith("ben/")} or moment == "csv_text"
+    resumed = process_cases(clinic / "scans", out, changed, resume=True)
+    assert resumed.failures == [] and resumed.n_resumed == (2 if moment == "csv_text" else 1)
+
+
+@pytest.mark.parametrize("name", ["report.html", "failures.csv", "severity.csv"])
+def test_files_of_the_user_are_not_touched(clinic, given, tmp_path, name):
+    """Also a table of ours that somebody has edited, a folder that looks half made, and a file in a case folder."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"(?s)so it stays.*{name}.*-o OUT"):
+        process_cases(clinic / "scans", out, given)
+    assert [path.name for path in out.iterdir() if path.name != ".lock"] == [name] and (out / name).read_text() == "mine"
+    (out / name).unlink()
+    (out / ".x.part").mkdir()
+    (out / ".x.part" / "mine").write_text("mine")
+    process_cases(clinic / "scans", out, given)
+    (out / "anna" / "note.txt").write_text("mine")
+    process_cases(clinic / "scans", out, given)
+    assert (out / ".x.part" / "mine").read_text() == (out / "superseded" / "anna" / "note.txt").read_text() == "mine"
+    if (out / name).is_file():
+        (out / name).write_text((out / name).read_text() + "mine")
+        with pytest.raises(ConfigError, match="so it stays"):
+            process_cases(clinic / "scans", out, given)
+
+
+def test_a_manifest_that_is_none_is_not_ours(clinic, given, tmp_path):
+    for k, content in enumerate(("[" * 100_000, "[]", '{"files": 3, "key": 1, "run_id": 2}', "{")):
+        folder = tmp_path / str(k) / "anna"
+        folder.mkdir(parents=True)
+        (folder / MANIFEST).write_text(content)
+        assert not finished(folder, {})
+        with pytest.raises(ConfigError, match="so it stays"):
+            process_cases(clinic / "scans", tmp_path / str(k), given)
+        assert (folder / MANIFEST).read_text() == content
+
+
+def test_nobody_takes_the_place_of_another(clinic, tmp_path):
+    """The scans of two people under one name: the first result is put aside and not lost."""
+    results = []
+    for name in ("anna", "ben"):
+        scan = tmp_path / name / "scan.nii.gz"
+        scan.parent.mkdir()
+        scan.write_bytes((clinic / "scans" / f"{name}.nii.gz").read_bytes())
+        results.append(process_case(scan, tmp_path / "out", Options(infection=clinic / "masks" / f"{name}.nii.gz")))
+    kept = json.loads((tmp_path / "out" / "superseded" / "scan" / "severity.json").read_text())
+    assert kept["input"]["sha256"] == results[0]["input"]["sha256"] != results[1]["input"]["sha256"]
 
 
 def test_a_bug_is_isolated_and_shown(clinic, given, tmp_path, monkeypatch, capsys):
@@ -229,11 +297,12 @@ def test_a_bug_is_isolated_and_shown(clinic, given, tmp_path, monkeypatch, capsy
     assert {one["error"] for one in batch.failures} == {"ZeroDivisionError"} and "Traceback" in capsys.readouterr().err
 
 
-_CHILD = f"""
+_CHILD = """
 import sys
 from covidsev.severity import cases
 from covidsev.severity.cases import Options, process_cases
-cases._pictures = lambda *_: dict.fromkeys(("overlay", "regions"), {PNG!r})
+cases._pictures = lambda *_: []
+cases.contact_sheet = lambda _: cases.np.zeros((4, 4, 3), "uint8")
 process_cases(sys.argv[1], sys.argv[2], Options(infection=sys.argv[3], lungs=sys.argv[4]), resume=True)
 """
 
@@ -248,7 +317,7 @@ def test_kill_and_resume(clinic, given, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     process_cases(clinic / "scans", whole, given)
     process, deadline = start(clinic, out), time.monotonic() + 100
-    while not list(out.glob(".*.part/lungs.nii.gz")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(out.glob(".*.partial/lungs.nii.gz")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()
     process.communicate()
@@ -257,8 +326,8 @@ def test_kill_and_resume(clinic, given, tmp_path):
         if (out / case).exists():
             manifest = json.loads((out / case / MANIFEST).read_text())
             assert {name: sha256_file(out / case / name) for name in manifest["files"]} == manifest["files"]
-    (out / ".ben.0123456789ab.part").mkdir(exist_ok=True)  # what a kill may leave at any time
-    (out / ".ben.0123456789ab.part" / "lungs.nii.gz").write_bytes(b"half")
+    (out / ".ben.partial").mkdir(exist_ok=True)  # what a kill may leave at any time
+    (out / ".ben.partial" / "lungs.nii.gz").write_bytes(b"half")
     batch = process_cases(clinic / "scans", out, given, resume=True)  # the lock of a killed process is free
     assert batch.exit_code == 0 and tree(out) == tree(whole)
 
@@ -272,43 +341,16 @@ def test_two_runs_on_one_folder(clinic, given, tmp_path):
         assert tree(tmp_path) == before
 
 
-def test_the_cache_of_lungs(clinic, tmp_path):
-    """Rows 62 and 63: equal content from two processes at once, and a damaged entry is computed anew."""
-    options = Options(infection=clinic / "masks", cache=tmp_path / "cache")
-    plain = process_cases(clinic / "scans", tmp_path / "a", replace(options, cache=None)).rows
-    assert process_cases(clinic / "scans", tmp_path / "b", options).rows == plain
-    kept = tree(tmp_path / "cache")
-    assert len(kept) == 2 and process_cases(clinic / "scans", tmp_path / "c", options).rows == plain
-    entry = next((tmp_path / "cache").glob("*.lungs"))
-    entry.write_bytes(entry.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match="cache is damaged and is computed anew"):
-        assert process_cases(clinic / "scans", tmp_path / "d", options).rows == plain
-    assert tree(tmp_path / "cache") == kept
-
-
-def test_two_writers_of_one_cache_entry(clinic, tmp_path):
-    scan = read_scan(clinic / "scans" / "anna.nii.gz")
-    found, both = [], threading.Barrier(2, timeout=30)
-
-    def make():
-        both.wait()  # neither finds an entry
-        return segment_lungs(scan.hu, scan.spacing_mm)
-
-    workers = [threading.Thread(target=lambda: found.append(cached_lungs(tmp_path, "k", scan.hu.shape, make)))
-               for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert len(found) == 2 and np.array_equal(found[0].raw, found[1].raw)
-    assert [path.name for path in tmp_path.iterdir()] == ["k.lungs"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert np.array_equal(cached_lungs(tmp_path, "k", scan.hu.shape, None).raw, found[0].raw)
+def test_lungs_of_an_earlier_run_can_be_given(clinic, tmp_path):
+    """The slow part is not computed twice: its mask is a file."""
+    scan, mask = clinic / "scans" / "anna.nii.gz", clinic / "masks" / "anna.nii.gz"
+    first = process_case(scan, tmp_path / "a", Options(infection=mask))
+    again = process_case(scan, tmp_path / "b", Options(infection=mask, lungs=tmp_path / "a" / "anna" / "lungs.nii.gz"))
+    assert again["regions"] == first["regions"] and again["lungs"]["source"] == "given"
 
 
 def test_prediction_writes_the_mask(clinic, tmp_path):
-    options = Options(weights=clinic / "single.safetensors")
+    options = Options(weights=clinic / "single.safetensors", phantom=True)
     result = process_case(clinic / "scans" / "anna.nii.gz", tmp_path / "a", options)
     assert result["model"]["sha256"] == sha256_file(options.weights) and result["model"]["threshold"] == 0.45
     mask = nibabel.load(tmp_path / "a" / "anna" / "infection.nii.gz")
@@ -325,7 +367,7 @@ def test_prediction_writes_the_mask(clinic, tmp_path):
 
 def test_weights_are_part_of_the_key(clinic, tmp_path):
     scan, out = clinic / "scans" / "anna.nii.gz", tmp_path / "out"
-    options = Options(task="segment", weights=clinic / "single.safetensors")
+    options = Options(task="segment", weights=clinic / "single.safetensors", phantom=True)
     process_cases(scan, out, options)
     torch.manual_seed(9)
     info = ModelInfo("single", "infnet", 64, backbone="small", threshold=0.45, data_kind="phantom")
@@ -441,10 +483,10 @@ def test_stacks_and_slices(clinic, tmp_path):
 def test_a_slice_without_lungs_can_still_be_segmented(clinic, tmp_path):
     """The slices of COVID-SemiSeg are cropped to the lungs, so that no body is around them."""
     Image.fromarray(np.full((60, 70), 90, np.uint8)).save(tmp_path / "crop.png")
-    result = process_case(tmp_path / "crop.png", tmp_path / "out", Options(task="segment", weights=clinic / "single.safetensors"))
+    result = process_case(tmp_path / "crop.png", tmp_path / "out", Options(task="segment", weights=clinic / "single.safetensors", phantom=True))
     assert any(text.startswith("no_lungs") for text in result["warnings"]) and result["lungs"] is None
     with pytest.raises(LungSegmentationError, match="--lungs MASK"):
-        process_case(tmp_path / "crop.png", tmp_path / "out", Options(weights=clinic / "single.safetensors"))
+        process_case(tmp_path / "crop.png", tmp_path / "out", Options(weights=clinic / "single.safetensors", phantom=True))
 
 
 def test_lungs_that_cannot_be_ones_do_not_crop(clinic, tmp_path, monkeypatch):
@@ -454,7 +496,7 @@ def test_lungs_that_cannot_be_ones_do_not_crop(clinic, tmp_path, monkeypatch):
                         or np.zeros(scan.hu.shape, np.uint8))
     hu = turn_picture(np.asarray(nibabel.load(clinic / "scans" / "anna.nii.gz").dataobj)[:, :, 7])
     Image.fromarray(to_uint8(hu)).save(tmp_path / "whole.png")
-    options = Options(task="segment", weights=clinic / "single.safetensors", window=(-600, 1500))
+    options = Options(task="segment", weights=clinic / "single.safetensors", phantom=True, window=(-600, 1500))
     process_case(tmp_path / "whole.png", tmp_path / "out", options)
     body, bubble = np.where(hu < -200, 30, hu), np.s_[36:44, 36:44]
     body[:8], body[-8:], body[:, :8], body[:, -8:], body[bubble] = -1000, -1000, -1000, -1000, -850
@@ -503,11 +545,11 @@ def test_no_private_word_in_any_output(clinic, tmp_path, capfd, real_pictures):
     for name in ("Zabrinski_1.png", "Zabrinski_2.png"):
         size = (64, 64) if name.endswith("1.png") else (64, 70)
         Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / "in" / "mixed_Ottilie" / name)
-    options = Options(task="severity", weights=clinic / "single.safetensors", id_salt="s", cache=tmp_path / "cache")
+    options = Options(task="severity", weights=clinic / "single.safetensors", phantom=True, id_salt="s")
     lines = []
     batch = process_cases(tmp_path / "in", tmp_path / "out", options, echo=lines.append)
     assert len(batch.rows) == 2 and {one["error"] for one in batch.failures} == {"ReadError", "GeometryError"}
-    written = [path for folder in ("out", "cache") for path in (tmp_path / folder).rglob("*")]
+    written = list((tmp_path / "out").rglob("*"))
     contents = [path.read_bytes() if path.suffix != ".gz" else nibabel.load(path).to_bytes()
                 for path in written if path.is_file()]
     words = [b"zabrinski", b"ottilie", b"pid-4711", b"19610523", b"nirgendwo"]
@@ -533,7 +575,7 @@ def test_places_that_cannot_be_written(clinic, given, tmp_path):
     (series / "scan.nii.gz").write_bytes((clinic / "scans" / "anna.nii.gz").read_bytes())
     before = tree(tmp_path / "study")
     with pytest.raises(ConfigError, match="so it stays"):
-        process_cases(tmp_path / "study", tmp_path / "study", Options(weights=clinic / "single.safetensors"))
+        process_cases(tmp_path / "study", tmp_path / "study", Options(weights=clinic / "single.safetensors", phantom=True))
     assert tree(tmp_path / "study") == before
 
 
@@ -544,7 +586,7 @@ def test_names_that_are_odd(clinic, tmp_path):
     names = ["-o", "=2+5", "<b>two words ångström"]
     for name in names:
         (folder / f"{name}.nii.gz").write_bytes((clinic / "scans" / "anna.nii.gz").read_bytes())
-    batch = process_cases(folder, tmp_path / "out", Options(weights=clinic / "single.safetensors", task="segment"))
+    batch = process_cases(folder, tmp_path / "out", Options(weights=clinic / "single.safetensors", phantom=True, task="segment"))
     assert batch.failures == [] and {row["case_id"] for row in batch.rows} == set(names)
     assert "\n'=2+5," in (tmp_path / "out" / "segment.csv").read_text()
 
@@ -576,7 +618,7 @@ def test_every_option_but_places_decides(given):
     for name, value in {"situs_inversus": True, "min_fraction": 0.0, "hu_offset": -1024.0, "strict": True,
                         "label_map": {"lungs": {1: 2}}, "lung_engine": "lungmask"}.items():
         assert prepare(replace(given, **{name: value})).run_id != base.run_id, name
-    assert prepare(replace(given, cache="elsewhere", device="auto", infection="other")).run_id == base.run_id
+    assert prepare(replace(given, device="auto", infection="other")).run_id == base.run_id
 
 
 def test_finished_wants_everything(clinic, given, tmp_path):

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import ndimage
 
-from covidsev.severity import lungs as module
 from covidsev.core import (CheckpointError, ChecksumError, ConfigError, CovidSevError, GeometryError, IntensityError,
                              MissingExtraError)
-from covidsev.severity.lungs import (LungMask, LungSegmentationError, check_lungs, check_sides, find_body, from_planes,
-                            lung_engine, otsu, plane_sizes, repair_lungs, segment_lungs, split_lungs, to_planes,
-                            verify_weights)
+from covidsev.severity.lungs import (LungMask, LungSegmentationError, check_lungs, check_sides, cut_ends, complete_lungs,
+                                     engine_lungs, find_lungs, from_planes, given_lungs, grow, otsu, plane_sizes,
+                                     segment_lungs, shrink, split_lungs, to_planes, verify_weights)
 from covidsev.method.metrics import dice
 from covidsev.data.phantom import phantom_slice, phantom_volume, to_uint8
 
@@ -93,28 +93,40 @@ def test_a_healthy_patient_needs_no_repair():
     assert dice(mask.labels > 0, canonical(one.lungs) > 0) > 0.97
 
 
+def test_growing_is_a_distance_below_a_radius():
+    rng = np.random.default_rng(1)
+    for radius, pixel in ((0.4, (1.0, 1.0)), (3.0, (1.0, 1.0)), (5.0, (0.7, 1.3)), (40.0, (1.0, 1.0))):
+        mask = rng.random((9, 20, 31)) < 0.03
+        far = np.stack([ndimage.distance_transform_edt(~one, sampling=pixel) for one in mask])
+        assert np.array_equal(grow(mask, radius, pixel), far <= radius) and not grow(mask & False, radius).any()
+        assert np.array_equal(shrink(~mask, radius, pixel), far > radius)
+
+
 def test_the_windpipe_is_no_lung(patient):
     hu, lungs, _, spacing, airways = patient
-    outside = to_planes(airways) & (to_planes(lungs) == 0)
-    sizes, planes = plane_sizes(hu.shape, spacing), to_planes(hu)
-    body = to_planes(find_body(hu, spacing))
-    air = module._air(planes, body, "HU")
-    found = module._airways(air, planes, body, "HU", sizes)
-    assert (found & outside).sum() > 0.8 * outside.sum() and (found & (to_planes(lungs) > 0)).sum() < 0.005 * (lungs > 0).sum()
-    assert not module._airways(air[::-1], planes[::-1], body[::-1], "HU", sizes)[: len(air) // 2].any()  # upside down: none found
+    outside, lung = to_planes(airways) & (to_planes(lungs) == 0), to_planes(lungs) > 0
+    found = to_planes(segment_lungs(hu, spacing).labels) > 0
+    assert (found & outside).sum() < 0.2 * outside.sum() and (found & lung).sum() > 0.85 * lung.sum()
 
 
 # the gates
 
+def repair(labels, infection, image=None, body=None, spacing=(1.0, 1.0)):
+    """Labels after the repair, and the added share."""
+    image = np.full(labels.shape, 40.0) if image is None else image
+    mask = LungMask(labels, labels, body=np.ones(labels.shape, bool) if body is None else body)
+    found = complete_lungs(mask, image, spacing, infection=infection)
+    return found.labels, found.repair_fraction
+
+
 def test_what_is_not_near_a_lung_is_not_added(patient, found):
     hu, lungs, infection, spacing, _ = patient
-    body = find_body(hu, spacing)
-    # below the lungs, in the liver, and a shell of skin
+    body = find_lungs(hu, spacing).body
     distant = np.zeros_like(infection)
-    distant[54:66, 54:66, 0] = True
-    rim = body & ~from_planes(module._deep_inside(to_planes(body), plane_sizes(hu.shape, spacing), np.ones(24, bool)), 3)
-    again, _ = repair_lungs(found.raw, infection | distant | rim, image=hu, spacing_mm=spacing)
-    assert np.array_equal(again, found.labels)
+    distant[54:66, 54:66, 0] = True  # below the lungs, in the liver
+    rim = body & ~from_planes(shrink(to_planes(body), 10.0, plane_sizes(hu.shape, spacing)[:2]), 3)  # and the skin
+    again = segment_lungs(hu, spacing, infection=infection | distant | rim)
+    assert np.array_equal(again.labels, found.labels)
 
 
 def test_bone_is_not_added():
@@ -124,49 +136,42 @@ def test_bone_is_not_added():
     image[30:70, 40:44], image[30:70, 80:84] = 500, 50  # beside the left edge of one lung bone, of the other consolidation
     labels = np.zeros((100, 100), np.uint8)
     labels[30:70, 20:40], labels[30:70, 60:80] = 1, 2
-    infection = (image == 500) | (image == 50)
-    body = np.ones((100, 100), bool)
-    repaired, fraction = repair_lungs(labels, infection, image=image, body=body, spacing_mm=(1.0, 1.0))
+    repaired, fraction = repair(labels, (image == 500) | (image == 50), image)
     assert not repaired[30:70, 40:44].any() and (repaired[30:70, 80:84] == 2).all()
     assert fraction == pytest.approx(160 / 1760)
-    without_image, _ = repair_lungs(labels, infection, spacing_mm=(1.0, 1.0))
-    assert (without_image[30:70, 40:44] == 1).all()
 
 
 def test_a_piece_between_the_lungs_is_shared_by_distance():
     labels = np.zeros((60, 100), np.uint8)
-    labels[10:50, 10:40], labels[10:50, 60:90] = 1, 2
+    labels[12:48, 15:40], labels[12:48, 60:85] = 1, 2
     bridge = np.zeros((60, 100), bool)
     bridge[20:30, 40:60] = True
-    repaired, _ = repair_lungs(labels, bridge, spacing_mm=(1.0, 1.0))
+    repaired, _ = repair(labels, bridge)
     assert (repaired[20:30, 40:49] == 1).all() and (repaired[20:30, 51:60] == 2).all()
 
 
 def test_repair_warns_and_then_refuses():
     labels = np.zeros((200, 200), np.uint8)
     labels[80:120, 20:40], labels[80:120, 150:170] = 1, 2
-    for rows, column, text in ((slice(80, 120), 75, "warn"), (slice(20, 180), 95, "refuse")):
-        infection = np.zeros((200, 200), bool)
-        infection[rows, 40:column] = True
-        if text == "refuse":
-            with pytest.raises(LungSegmentationError, match="more of the lung is guessed than found"):
-                repair_lungs(labels, infection, spacing_mm=(1.0, 1.0))
-            continue
-        repaired, fraction = repair_lungs(labels, infection, spacing_mm=(1.0, 1.0))
-        assert 0.4 < fraction < 0.7
-        mask = module._finish(LungMask(repaired, labels, repair_fraction=fraction), (1.0, 1.0), None, False)
-        assert any(note.startswith("lung_repair_large") for note in mask.warnings)
-        with pytest.raises(LungSegmentationError, match="suspicious"):
-            module._finish(LungMask(repaired, labels, repair_fraction=fraction), (1.0, 1.0), None, True)
+    infection = np.zeros((200, 200), bool)
+    infection[80:120, 40:75] = True
+    mask = LungMask(labels, labels, body=np.ones(labels.shape, bool))
+    found = complete_lungs(mask, np.full(labels.shape, 40.0), (1.0, 1.0), infection=infection)
+    assert 0.4 < found.repair_fraction < 0.7 and any(note.startswith("lung_repair_large") for note in found.warnings)
+    with pytest.raises(LungSegmentationError, match="suspicious"):
+        complete_lungs(mask, np.full(labels.shape, 40.0), (1.0, 1.0), infection=infection, strict=True)
+    infection[20:180, 40:95] = True
+    with pytest.raises(LungSegmentationError, match="more of the lung is guessed than found"):
+        repair(labels, infection)
 
 
 @given(st.integers(0, 2**32 - 1))
 def test_repair_only_adds_and_only_infection_or_holes(seed):
     rng = np.random.default_rng(seed)
-    labels = np.zeros((40, 44), np.uint8)
-    labels[8:30, 6:18], labels[8:30, 26:38] = 1, 2
-    infection = rng.random((40, 44)) < 0.2
-    repaired, fraction = repair_lungs(labels, infection, spacing_mm=(2.0, 2.0))
+    labels = np.zeros((50, 54), np.uint8)
+    labels[13:35, 11:23], labels[13:35, 31:43] = 1, 2
+    infection = rng.random((50, 54)) < 0.2
+    repaired, fraction = repair(labels, infection, spacing=(2.0, 2.0))
     assert (repaired[labels > 0] == labels[labels > 0]).all() and 0 <= fraction < 0.7
     added = (repaired > 0) & (labels == 0)
     rows, columns = np.nonzero(added & ~infection)  # holes only: closed in by one lung on four sides
@@ -282,10 +287,46 @@ def test_each_warning(patient):
     assert "lung_area_jump" in names(check_lungs(jump, spacing))
     cut = check_lungs(lungs[:, :, :12], spacing)
     assert any(note == "fov_truncated: the lungs reach the top slice" for note in cut)
+    turned = check_lungs(lungs[:, :, 8:][:, :, ::-1], spacing)  # cut off at the base, and upside down
+    assert {"z_suspect", "fov_truncated"} <= names(turned) and "z_suspect" not in names(check_lungs(lungs[:, :, 8:], spacing))
     body = np.ones((60, 40), bool)
     tiny = np.zeros((60, 40), np.uint8)
     tiny[10:14, 10:14], tiny[30:34, 10:14] = 1, 2
     assert names(check_lungs(tiny, body=body)) == {"lung_area_implausible"}
+
+
+def test_a_few_pixels_in_the_last_slice_cut_nothing_off(patient):
+    assert cut_ends([3, 100, 50, 3]) == [] and cut_ends([4, 100, 0]) == ["bottom"] and cut_ends([0, 9, 100]) == ["top"]
+    _, lungs, _, spacing, _ = patient
+    first = np.flatnonzero(lungs.any(axis=(0, 1)))[0]
+    part = lungs[:, :, first + 1:].copy()
+    rows, columns = np.nonzero(part[:, :, 0])
+    part[rows[20:], columns[20:], 0] = 0
+    assert "fov_truncated" not in names(check_lungs(part, spacing))
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_sides_that_change_in_a_band_of_slices_are_put_right(patient, inverted):
+    _, lungs, _, spacing, _ = patient
+    lungs = np.where(lungs > 0, 3 - lungs, 0).astype(np.uint8) if inverted else lungs
+    band = lungs.copy()
+    band[:, :, 9:14] = np.where(band[:, :, 9:14] > 0, 3 - band[:, :, 9:14], 0)
+    found = given_lungs(band, spacing, situs_inversus=inverted)
+    assert np.array_equal(found.labels, lungs) and found.warnings == [
+        "sides_swapped: the given lung mask changed right and left in 5 slices; put right"]
+    assert given_lungs(lungs, spacing, situs_inversus=inverted).warnings == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lungs_that_are_open_to_the_edge_of_a_cropped_figure_are_kept(seed):
+    one = phantom_slice(seed, 160)
+    columns = np.flatnonzero(one.lungs.any(axis=0))
+    figure, lungs = (array[:, columns[0] + 5:columns[-1] - 4] for array in (to_uint8(one.hu), one.lungs))
+    mask = segment_lungs(figure, None, "grey")
+    assert dice(mask.labels == 1, lungs == 1) > 0.88 and dice(mask.labels == 2, lungs == 2) > 0.88  # no infection given
+    assert "lung_at_border" in names(mask.warnings)
+    with pytest.raises(LungSegmentationError):  # the air around a patient is no lung
+        segment_lungs(np.where(one.body, 120, 0).astype(np.uint8), None, "grey")
 
 
 def test_given_lungs_are_split_checked_and_repaired(patient):
@@ -350,7 +391,7 @@ def stand_in(monkeypatch, patient, relabel):
 
 def test_lungmask_answers_in_our_order(monkeypatch, patient, weights):
     seen = stand_in(monkeypatch, patient, lambda lungs: lungs.copy())
-    mask = lung_engine("lungmask", weights=weights).segment(patient[0], patient[3])
+    mask = engine_lungs("lungmask", patient[0], patient[3], weights=weights)
     assert np.array_equal(mask.labels, patient[1]) and mask.kind == "lungs" and len(mask.weights_sha256) == 64
     assert seen["modelpath"] == str(weights) and seen["force_cpu"] and seen["modelname"] == "R231"
 
@@ -358,19 +399,19 @@ def test_lungmask_answers_in_our_order(monkeypatch, patient, weights):
 def test_swapped_answers_of_an_engine_are_refused(monkeypatch, patient, weights):
     stand_in(monkeypatch, patient, lambda lungs: np.where(lungs > 0, 3 - lungs, 0))
     with pytest.raises(GeometryError, match="right lung lies on patient's left"):
-        lung_engine("lungmask", weights=weights).segment(patient[0], patient[3])
+        engine_lungs("lungmask", patient[0], patient[3], weights=weights)
 
 
 def test_weights_are_verified_before_anything_is_loaded(monkeypatch, patient, weights, tmp_path):
     stand_in(monkeypatch, patient, lambda lungs: lungs)
     hu, _, _, spacing, _ = patient
-    for engine, error, text in [
-            (lung_engine("lungmask", weights=weights, sha256="00" * 32), ChecksumError, "other weights"),
-            (lung_engine("lungmask", weights=tmp_path / "none-00000000.pth"), ConfigError, "not there"),
-            (lung_engine("lungmask", weights=weights, model="R232"), ConfigError, "R231"),
-            (lung_engine("lungmask", weights=weights, device="cuda:99"), ConfigError, "cuda:99")]:
+    for given, error, text in [
+            ({"weights": weights, "sha256": "00" * 32}, ChecksumError, "other weights"),
+            ({"weights": tmp_path / "none-00000000.pth"}, ConfigError, "not there"), ({}, ConfigError, "--lung-weights"),
+            ({"weights": weights, "model": "R232"}, ConfigError, "R231"),
+            ({"weights": weights, "device": "cuda:99"}, ConfigError, "cuda:99")]:
         with pytest.raises(error, match=text):
-            engine.segment(hu, spacing)
+            engine_lungs("lungmask", hu, spacing, **given)
     unnamed = tmp_path / "weights.pth"
     unnamed.write_bytes(weights.read_bytes())
     with pytest.raises(ConfigError, match="SHA-256"):
@@ -397,9 +438,8 @@ def test_weights_that_run_code_are_refused(monkeypatch, patient, tmp_path):
     stand_in(monkeypatch, patient, lambda lungs: lungs)
     path, canary = tmp_path / "evil.pth", tmp_path / "canary"
     torch.save({"weight": Canary(canary)}, path)
-    engine = lung_engine("lungmask", weights=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     with pytest.raises(CheckpointError, match="cannot be loaded safely"):
-        engine.segment(patient[0], patient[3])
+        engine_lungs("lungmask", patient[0], patient[3], weights=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     assert not canary.exists()
 
 
@@ -407,16 +447,14 @@ def test_engines_that_are_not_there(monkeypatch, patient, weights, tmp_path):
     for name in ("lungmask", "totalsegmentator", "totalsegmentator.python_api"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtraError, match="covidsev.ct"):
-        lung_engine("lungmask", weights=weights).segment(patient[0])
+        engine_lungs("lungmask", patient[0], weights=weights)
     make_home(tmp_path)
     with pytest.raises(MissingExtraError, match="pip install TotalSegmentator"):
-        lung_engine("totalsegmentator", home=tmp_path).segment(patient[0])
+        engine_lungs("totalsegmentator", patient[0], weights=tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'lungmask'"):
-        lung_engine("lungmsk")
-    with pytest.raises(ConfigError, match="cannot be set up"):
-        lung_engine("lungmask", colour="red")
+        engine_lungs("lungmsk", patient[0])
     with pytest.raises(GeometryError, match="needs a volume"):
-        lung_engine("lungmask", weights=weights).segment(np.zeros((50, 50)))
+        engine_lungs("lungmask", np.zeros((50, 50)), weights=weights)
 
 
 def make_home(home: Path) -> None:
@@ -449,18 +487,18 @@ def test_totalsegmentator_by_name_and_without_a_network(monkeypatch, patient, tm
     monkeypatch.setitem(sys.modules, "totalsegmentator.python_api", api)
     monkeypatch.setitem(sys.modules, "totalsegmentator.map_to_binary", names)
     with pytest.raises(ConfigError, match="Dataset297 are not there"):
-        lung_engine("totalsegmentator", home=tmp_path).segment(hu, spacing)
+        engine_lungs("totalsegmentator", hu, spacing, weights=tmp_path)
     make_home(tmp_path)
-    mask = lung_engine("totalsegmentator", home=tmp_path).segment(hu, spacing)
+    mask = engine_lungs("totalsegmentator", hu, spacing, weights=tmp_path)
     assert mask.kind == "lobes" and np.array_equal(mask.labels, np.choose(lungs, (0, 3, 4)))
     assert calls[0][0]["fast"] and calls[0][1] == str(tmp_path) and "TOTALSEG_HOME_DIR" not in os.environ
     assert api.send_usage_stats is refuse and api.download_pretrained_weights is refuse  # put back
     with pytest.raises(ChecksumError):
-        lung_engine("totalsegmentator", home=tmp_path, sha256="00").segment(hu, spacing)
-    assert lung_engine("totalsegmentator", home=tmp_path, sha256=mask.weights_sha256).segment(hu, spacing).labels.any()
+        engine_lungs("totalsegmentator", hu, spacing, weights=tmp_path, sha256="00")
+    assert engine_lungs("totalsegmentator", hu, spacing, weights=tmp_path, sha256=mask.weights_sha256).labels.any()
     del names.class_map["total"][7]
     with pytest.raises(LungSegmentationError, match="names its lobes differently"):
-        lung_engine("totalsegmentator", home=tmp_path).segment(hu, spacing)
+        engine_lungs("totalsegmentator", hu, spacing, weights=tmp_path)
 
 
 # real slices

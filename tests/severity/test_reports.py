@@ -16,7 +16,8 @@ from covidsev.severity.score import partition_regions, score_scan
 
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}{% raw %}&lt;"
 ALLOWED = set("html head meta title style body header main footer section div h1 h2 h3 p strong span ul li figure "
-              "img figcaption table caption thead tbody tr th td dl dt dd a".split())
+              "img figcaption table caption thead tbody tr th td dl dt dd a details summary svg defs pattern clippath g rect "
+              "path use text tspan ellipse".split())
 VOID = {"meta", "img"}
 
 
@@ -29,6 +30,10 @@ class Page(HTMLParser):
         self.feed(page)
         self.close()
         assert not self.open, self.open
+
+    def handle_startendtag(self, tag, attrs):  # <rect/> of a drawing
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
@@ -83,8 +88,8 @@ def cases(lungs) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def png(cases) -> bytes:
-    return reports.png_bytes(reports.region_map(cases["volume"]))
+def shown() -> list[reports.Shown]:
+    return [reports.Shown("slice 1 of 9", np.zeros((4, 6, 3), np.uint8)), reports.Shown("coronal", np.ones((4, 6, 3), np.uint8))]
 
 
 KINDS = ("volume", "healthy", "full", "grey", "one lung", "lobes", "cut off", "slab", "slice", "unknown height")
@@ -92,14 +97,17 @@ PARTS = ("one lung", "cut off", "slab", "slice", "unknown height")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_case_has_a_page_that_stands_alone(cases, png, kind):
-    text = reports.case_html(cases[kind], {"overlay": png, "regions": png})
+def test_every_kind_of_case_has_a_page_that_stands_alone(cases, shown, kind):
+    text = reports.case_html(cases[kind], shown, {"lungs": "#F0E442"})
     page = Page(text)
     assert set(page.tags) <= ALLOWED
-    loads = [(tag, name, value) for tag, name, value in page.attributes if name in ("src", "href", "srcset", "data")]
+    loads = [(tag, name, value) for tag, name, value in page.attributes if name in ("src", "href", "srcset", "data")
+             and not value.startswith("#")]
     assert len(loads) == 2 and all(value.startswith("data:image/png;base64,") for _, _, value in loads)
-    assert not re.search(r"https?:|url\(|@import|<script|javascript:", text)
+    assert not re.search(r"https?:|url\([^#]|@import|<script|javascript:", text)
     assert page.words.count("not a medical device") == 2 and kind in page.words
+    style = text[text.index("<style>"):text.index("</style>")]
+    assert '"Segoe UI"' in style and "&" not in style  # escaped quotes would fall back to the browser's own font
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,7 +116,7 @@ def test_a_dash_has_a_reason_and_nothing_missing_is_zero(cases, kind):
     lines = reports.score_lines(case) + reports.measure_lines(case)
     assert all((line.value == "–") == bool(line.why) for line in lines)
     assert "not computed" not in {line.why for line in lines}
-    page = Page(reports.case_html(case, {})).words
+    page = Page(reports.case_html(case)).words
     for reason in reports.missing_lines(case):
         assert reason in page
 
@@ -117,7 +125,7 @@ def test_a_dash_has_a_reason_and_nothing_missing_is_zero(cases, kind):
 def test_what_was_not_seen_whole_has_no_ct_ss(cases, kind):
     case = cases[kind]
     titles = [card.title for card in reports.answers(case)]
-    page = Page(reports.case_html(case, {}))
+    page = Page(reports.case_html(case))
     assert "CT-SS" not in titles and "/ 40" not in page.words
     values = {line.name: line.value for line in reports.score_lines(case)}
     assert {values["CT-SS, with the floor"], values["CT-SS, strict"], values["Pan score"]} == {"–"}
@@ -137,7 +145,7 @@ def test_a_sum_over_regions_of_lungs_that_are_cut_off_is_not_shown(cases):
 @pytest.mark.parametrize("kind", ("slice", "unknown height", "slab"))
 def test_a_ct_ss_of_a_part_is_refused(cases, kind):
     with pytest.raises(ConfigError, match="a CT-SS of a part of the lungs"):
-        reports.case_html(cases[kind] | {"ct_ss": 7}, {})
+        reports.case_html(cases[kind] | {"ct_ss": 7})
 
 
 def test_both_totals_and_the_share_are_at_the_top(cases):
@@ -162,7 +170,7 @@ def test_a_strict_score_that_disagrees_is_said(lungs):
 
 def test_a_method_of_regions_is_called_an_approximation_unless_lobes_were_given(cases):
     for kind in KINDS:
-        said = "Geometric approximation" in Page(reports.case_html(cases[kind], {})).words
+        said = "Geometric approximation" in Page(reports.case_html(cases[kind])).words
         assert said == (cases[kind]["method"] in ("geometric", "slab", "slice")), kind
 
 
@@ -179,29 +187,29 @@ def texts_replaced(value, text):
 @given(st.one_of(st.just(EVIL), st.text(min_size=1, max_size=30),
                  st.text("<>&\"'/=;\0\r\n\t-!", min_size=1, max_size=12)))
 def test_no_text_changes_the_tags_of_a_page(cases, text):
-    case = cases["one lung"] | {"lungs": {"method": "m"}, "model": {"sha256": "s"}, "files": {"f": "h"}}
-    plain, hostile = (reports.case_html(texts_replaced(case, each) | {"files": {each: each}}, {}) for each in ("x", text))
-    assert Page(hostile).tags == Page(plain).tags
-    values = [value for _, _, value in Page(hostile).attributes]
-    assert values == [value for _, _, value in Page(plain).attributes]
+    case = cases["one lung"] | {"lungs": {"method": "m"}, "model": {"sha256": "s"}, "files": {"f": "h"}, "severe": None}
+    plain, hostile = (reports.case_html(texts_replaced(case, each) | {"files": {each: each}}) for each in ("x", text))
+    drawn = lambda page: [tag for tag in Page(page).tags if tag != "tspan"]  # a long name takes more lines
+    assert drawn(hostile) == drawn(plain)
+    kept = lambda page: [value for tag, _, value in Page(page).attributes if tag != "tspan"]
+    assert kept(hostile) == kept(plain)
 
 
-def test_hostile_names_are_shown_to_the_letter(cases, png):
-    case = cases["volume"] | {"case_id": EVIL, "warnings": [EVIL], "model": {EVIL: EVIL}}
-    page = Page(reports.case_html(case, {EVIL: png}))
+def test_hostile_names_are_shown_to_the_letter(cases):
+    case = cases["volume"] | {"case_id": EVIL, "warnings": [EVIL], "model": {EVIL: EVIL}, "severe": None}
+    page = Page(reports.case_html(case, [reports.Shown(EVIL, np.zeros((4, 6, 3), np.uint8))], {EVIL: "red"}))
     assert set(page.tags) <= ALLOWED and not [name for _, name, _ in page.attributes if name.startswith("on")]
-    assert [text for text in page.texts if text.strip() == EVIL] and "49" not in EVIL
     assert page.texts.count(EVIL) >= 5
-    assert EVIL in [value for _, name, value in page.attributes if name == "alt"]
+    assert [value for _, name, value in page.attributes if name == "alt" and EVIL in value]
 
 
 def test_warnings_come_before_the_answers(cases):
-    page = reports.case_html(cases["one lung"], {})
+    page = reports.case_html(cases["one lung"])
     assert 0 < page.index("single_lung") < page.index("not decidable") < page.index('id="scores"')
 
 
-def test_pages_are_accessible(cases, png):
-    for text in (reports.case_html(cases["volume"], {"overlay": png}), reports.batch_html([], [])):
+def test_pages_are_accessible(cases, shown):
+    for text in (reports.case_html(cases["volume"], shown), reports.batch_html([], [])):
         page = Page(text)
         assert ("html", "lang", "en") in page.attributes
         assert page.tags.count("h1") == page.tags.count("main") == page.tags.count("title") == 1
@@ -221,83 +229,115 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_numbers_on_coloured_regions_can_be_read(cases):
+def test_numbers_on_coloured_regions_can_be_read():
     """The WCAG ratio for small text is 4.5."""
-    fig = reports.region_map(cases["full"])
-    assert {text.get_color() for text in fig.axes[0].texts if "→ 2" in text.get_text()} == {"#FFFFFF"}
     for score, colour in reports.SCORE_COLOURS.items():
         text, back = luminance("#FFFFFF" if score == 2 else "#111111"), luminance(colour)
         assert (max(text, back) + 0.05) / (min(text, back) + 0.05) > 4.5
 
 
-def test_bad_results_and_pictures_are_refused(cases):
+def test_bad_results_are_refused(cases):
     with pytest.raises(ConfigError, match="not a severity result"):
-        reports.case_html({}, {})
-    with pytest.raises(ConfigError, match="no PNG"):
-        reports.case_html(cases["volume"], {"overlay": b"<svg onload=alert(1)>"})
+        reports.case_html({})
+    for severe in (True, False):  # no verdict without a measured error
+        with pytest.raises(ConfigError, match="whose error was not measured"):
+            reports.case_html(cases["full"] | {"model": {"sha256": "0"}, "severe": severe})
 
 
-def test_a_page_is_the_same_every_time(cases, png):
-    assert reports.case_html(cases["volume"], {"regions": png}) == reports.case_html(cases["volume"], {"regions": png})
-    assert png == reports.png_bytes(reports.region_map(cases["volume"]))
+def test_a_drawn_mask_is_shown_with_its_measured_error(cases):
+    case = cases["full"] | {"model": {"card": {"licence": "CC BY-NC-SA 4.0", "measured": {
+        "on": "7 scans", "share_mae": 0.03, "ct_ss_limits": [-4.0, 5.0]}}}}
+    words = Page(reports.case_html(case)).words
+    for text in ("Severe yes", "How wrong may this be?", "On 7 scans", "CC BY-NC-SA 4.0", "0.03", "−4.00, 5.00"):
+        assert text in words
+    words = Page(reports.case_html(cases["full"] | {"model": {"sha256": "0"}, "severe": None})).words
+    assert "Severe not decidable" in words and "was not measured" in words
+
+
+def test_the_score_says_its_margin_and_is_cautious_about_thick_slices(cases):
+    assert reports.answers(cases["full"])[1].note.startswith("20.5 above the threshold")
+    assert reports.answers(cases["healthy"])[1].note.startswith("19.5 below the threshold")
+    for spacing, words in (([1, 1, 3.0], None), ([1, 1, 5.0], "slices of 5.0 mm"), (None, "thickness of the slices is not known")):
+        note = reports.answers(cases["full"] | {"input": {"spacing": spacing}})[1].note
+        assert (words or "slices") in note if words else "slices" not in note
+
+
+def test_a_page_is_the_same_every_time(cases, shown):
+    assert reports.case_html(cases["volume"], shown) == reports.case_html(cases["volume"], shown)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_diagram_hatches_what_was_not_seen_and_only_that(cases, kind):
+def test_the_diagram_hatches_what_was_not_seen_and_names_every_part(cases, kind):
     case = cases[kind]
     parts = case["sectors"] or case["regions"]
-    patches = [patch for patch in reports.region_map(case).axes[0].patches if type(patch).__name__ == "Rectangle"]
-    assert len(patches) == len(parts)
-    for part, patch in zip(parts, patches):
-        assert bool(patch.get_hatch()) == (part["score"] is None)
+    page = Page(reports.case_html(case))
+    fills = [value for tag, name, value in page.attributes if (tag, name) == ("rect", "fill")]
+    assert fills.count("url(#unseen)") == sum(part["score"] is None for part in parts)
+    drawing = " ".join(page.words.split("What was used")[0].split())
+    for part in parts:
+        assert part["name"].split()[-1] in drawing
+    assert " R L 0: none" in drawing
 
 
 def test_the_right_lung_is_at_the_left_of_the_diagram(cases):
-    places = {text.get_text().split()[0]: text.get_position()[0] for text in reports.region_map(cases["volume"]).axes[0].texts}
+    text = reports.case_html(cases["volume"])
+    places = {name.split()[0]: float(x) for x, name in re.findall(r'<tspan x="([\d.]+)" y="[\d.]+">(\d+ [^<]+)', text)}
     assert max(places[str(k)] for k in range(1, 11)) < min(places[str(k)] for k in range(11, 21))
     assert places["4"] < places["5"] and places["9"] < places["7"] and places["17"] < places["19"]  # lateral is outside
 
 
-def test_overlay_of_any_scan(lungs):
+def test_pictures_of_any_scan(lungs):
     infection = (lungs > 0).astype(np.uint8)
-    for scan, mask, lung in ((make_scan(lungs.shape), infection, lungs), (make_scan(lungs.shape, unit="grey"), infection, lungs),
-                             (make_scan((30, 48), "slice"), infection[..., 9].T, lungs[..., 9].T)):
-        assert reports.png_bytes(reports.overlay_figure(scan, mask, lung)).startswith(b"\x89PNG")
-        assert reports.png_bytes(reports.overlay_figure(scan, mask * 0, lung * 0)).startswith(b"\x89PNG")
+    for scan, mask, lung, n in ((make_scan(lungs.shape), infection, lungs, 9), (make_scan(lungs.shape, unit="grey"), infection, lungs, 9),
+                                (make_scan((30, 48), "slice"), infection[..., 9].T, lungs[..., 9].T, 2)):
+        shown = reports.case_pictures(scan, mask, lung)
+        titles = [each.title for each in shown]
+        assert len(shown) >= n and len(set(titles)) == len(titles)  # no slice twice
+        assert {each.picture.dtype for each in shown} == {np.dtype(np.uint8)} and all(each.picture.shape[2] == 3 for each in shown)
+        assert len(reports.case_pictures(scan, mask * 0, lung * 0)) >= 2
+    sheet = reports.contact_sheet(shown)
+    assert reports.png_of(sheet).startswith(b"\x89PNG") and np.array_equal(sheet, reports.contact_sheet(shown))
 
 
-def test_overlay_cannot_hide_infection_outside_the_lungs(lungs):
-    """The picture is cut to lungs and infection: a false lesion in a corner stays in it."""
-    infection = np.zeros_like(lungs)
-    infection[0, 0, 10] = 1
-    sizes = [reports.overlay_figure(make_scan(lungs.shape), mask, lungs).axes[0].images[0].get_array().shape
-             for mask in (infection * 0, infection)]
-    assert sizes[1][0] > sizes[0][0]
+def test_slices_of_a_stack_name_their_files(lungs):
+    scan = make_scan(lungs.shape, "stack")
+    scan.names = tuple(f"IMG-{k}" for k in range(24))
+    title = reports.case_pictures(scan, (lungs > 0).astype(np.uint8), lungs)[0].title
+    k = int(re.match(r"slice (\d+) of 24", title)[1]) - 1
+    assert f"IMG-{23 - k}" in title  # the first file is at the top, the first slice at the base
 
 
-def test_overlay_legend_names_two_classes_only_where_there_are_two(lungs):
+def test_colours_name_two_classes_only_where_there_are_two(lungs):
     infection = (lungs > 0).astype(np.uint8)
-    def names(labels):
-        legend = reports.overlay_figure(make_scan(lungs.shape), labels, lungs).legends[0]
-        return {text.get_text() for text in legend.get_texts()}
-    assert names(infection) == {"infection", "lungs"}
-    assert names(infection * 2) == {"ground-glass opacity", "consolidation", "lungs"}
+    assert set(reports.colour_names(infection)) == {"infection", "lungs"}
+    assert set(reports.colour_names(infection * 2, lungs)) == {"ground-glass opacity", "consolidation", "lungs", "lungs, weight-free"}
 
 
-def test_overlay_refuses_another_grid(lungs):
+def test_pictures_refuse_another_grid(lungs):
     scan = make_scan(lungs.shape)
-    for masks in ((lungs[1:], lungs), (lungs, lungs[..., 1:]), (lungs, lungs, lungs[:, 1:])):
+    for masks in ((lungs[1:], lungs), (lungs, lungs[..., 1:])):
         with pytest.raises(GeometryError, match="must have one shape"):
-            reports.overlay_figure(scan, *masks)
+            reports.case_pictures(scan, *masks)
 
 
-def test_the_view_from_the_front_has_the_scores(lungs, cases):
+def test_the_view_from_the_front_has_the_scores(lungs):
     infection = np.zeros_like(lungs)
     infection[:40, :14, :12] = 1
-    fig = reports.overlay_figure(make_scan(lungs.shape), infection, lungs, partition_regions(lungs))
-    front = next(ax for ax in fig.axes if "from the front" in ax.get_title()).images[0].get_array()
-    assert set(np.unique(front)) - {0} <= {region["score"] + 1 for region in cases["volume"]["regions"]}
-    assert int(front.max()) == 1 + max(region["score"] for region in cases["volume"]["regions"])
+    scored = score_scan(make_scan(lungs.shape), infection, lungs)
+    shown = reports.case_pictures(make_scan(lungs.shape), infection, lungs, parts=scored.parts)
+    front = next(each.picture for each in shown if "highest region score" in each.title)
+    colours = {tuple(colour) for colour in front.reshape(-1, 3).tolist()}
+    expected = {tuple(int(reports.SCORE_COLOURS[region["score"]][k:k + 2], 16) for k in (1, 3, 5)) for region in scored.regions}
+    assert colours - {(255, 255, 255)} <= expected and max(region["score"] for region in scored.regions) == 2
+
+
+@given(st.integers(-1200, 400))
+def test_every_voxel_is_in_one_bar_of_the_histogram(value):
+    lungs = np.ones((3, 4, 2), np.uint8)
+    scan = Scan(np.full(lungs.shape, value, np.float32), "volume", "HU", "made", "0" * 64)
+    found = reports.hu_histogram(scan, lungs * 0, lungs)
+    k = (min(max(value, -1000), 199) + 1000) // 25
+    assert sum(found["lung"]) == found["lung"][k] == 24 and sum(found["lesion"]) == 0
 
 
 def row(**values) -> dict:

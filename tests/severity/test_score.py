@@ -39,7 +39,6 @@ from covidsev.severity.score import (
     peripheral_zone,
     score_scan,
     severity,
-    slice_levels,
     slice_sectors,
     sum_scores,
 )
@@ -88,6 +87,16 @@ def score(patient, **changes):
     """`severity` of the phantom with all it has, or with changes."""
     given = {name: patient[name] for name in ("infection", "lungs", "hu", "labels", "spacing_mm")} | changes
     return severity(given.pop("infection"), given.pop("lungs"), **given)
+
+
+def slice_levels(lungs):
+    """Height, apex to base, of every slice in the right and the left lung: (2, Z), NaN outside."""
+    levels = np.full((2, lungs.shape[2]), np.nan)
+    for row, lung in zip(levels, (1, 2)):
+        inside = np.flatnonzero((lungs == lung).any((0, 1)))
+        n = inside[-1] - inside[0] + 1
+        row[inside[0]:inside[-1] + 1] = ((2 * np.arange(n) + 1) / (2 * n))[::-1]
+    return levels
 
 
 def smooth_lungs(shape):

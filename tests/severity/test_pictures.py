@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from test_cases import clinic, picture_folder, quick_pictures  # noqa: F401  (fixtures)
 
-from covidsev.severity.cases import Options, check_options, process_case, process_cases, turn_upright
+from covidsev.severity.cases import process_case, process_cases, turn_upright
+from covidsev.severity.inputs import Options, check_options
 from covidsev.core import ConfigError, GeometryError, MaskError
 
 
@@ -63,7 +64,7 @@ def test_pictures_that_lie_on_their_side_have_the_result_of_upright_ones(clinic,
     assert {name: value for name, value in turned.items() if name not in PLACES} == \
         {name: value for name, value in upright.items() if name not in PLACES}
     name = "Jane_07.png"
-    network = Options(weights=clinic / "single.safetensors", window=(-600, 1500), task="segment")
+    network = Options(weights=clinic / "single.safetensors", phantom=True, window=(-600, 1500), task="segment")
     process_case(parts["scans"] / name, tmp_path / "c", network)
     process_case(lying["scans"] / name, tmp_path / "d", replace(network, picture_axes=axes))
     masks = [np.asarray(Image.open(tmp_path / out / "Jane_07" / "infection.png")) for out in "cd"]
