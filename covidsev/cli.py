@@ -321,8 +321,8 @@ _SCAN_OPTIONS = (
     click.option("--binarize", multiple=True, metavar="[MASK:]T", help="Above T is 1: for grey masks."),
     click.option("--ignore-affine", is_flag=True, help="Trust the order of the voxels of a mask."),
     click.option("--situs-inversus", is_flag=True, help="The right lung really lies on the left."),
-    click.option("--lung-engine", default="classical", show_default=True,
-                 help="classical, lungmask or totalsegmentator."),
+    click.option("--lung-engine", default="auto", show_default=True,
+                 help="auto, network, classical, lungmask or totalsegmentator."),
     click.option("--lung-model", help="Model of lungmask."),
     click.option("--lung-weights", help="Weights of the lung engine."),
     click.option("--lung-weights-sha256", help="Their expected hash."),
@@ -334,7 +334,7 @@ _SCAN_OPTIONS = (
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto."),
     click.option("--batch-size", default=8, show_default=True),
     click.option("--id-salt", help="Case ids are hashes with this salt; no file name is kept."),
-    click.option("--cache", type=click.Path(file_okay=False), help="Keep lung masks here between runs."),
+    click.option("--phantom", is_flag=True, help="The scan is a phantom, not a patient."),
     click.option("--resume", is_flag=True, help="Take over cases that are finished."),
     click.option("-o", "--out", required=True, type=click.Path(file_okay=False),
                  help="Folder for the results."),
@@ -351,7 +351,8 @@ def _scan_options(command: Callable) -> Callable:
 
 def _process(task: str, path: str, out: str, resume: bool, **words: Any) -> int:
     """Runs `process_cases`, prints its lines, and returns its exit status."""
-    from covidsev.severity.cases import Options, process_cases
+    from covidsev.severity.cases import process_cases
+    from covidsev.severity.inputs import Options
 
     words |= {"window": parse_pair(words["window"], "LEVEL,WIDTH, such as -600,1500"),
               "label_map": parse_label_maps(words["label_map"]), "binarize": parse_cuts(words["binarize"])}
