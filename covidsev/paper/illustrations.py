@@ -25,11 +25,12 @@ from matplotlib.path import Path as Outline
 from torch import Tensor, nn
 
 from ..method.augmentation import Augmentation, augment, augmentation, cutout_rectangles, draw_numbers
-from ..method.coach import LAST_LAYERS, PretextResult
+from ..method.coach import PretextResult
+from ..method.inpainting import LAST_LAYERS
 from ..core import ConfigError, DataMissingError
 from ..data.show import LINES, draw_contour, plain_axes, stamp
 from ..method.infnet import InfNet, count_parameters
-from ..method.multiclass import MultiClassUNet
+from ..method.unets import MultiClassUNet
 from ..data.phantom import demo_slice, to_uint8
 
 # %% ../../nbs/4_paper/05_illustrations.ipynb #cell-006

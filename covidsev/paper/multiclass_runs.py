@@ -26,14 +26,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..method.coach import TransferReport
+from ..method.inpainting import TransferReport
 from ..core import (CLASSES, CONSOLIDATION, GGO, CheckpointError, ConfigError, GeometryError,
                              LeakageError, check_choice, resolve_device, seed_everything)
 from ..data.datasets import KNOWN_SHARED_GROUPS, SliceSet, Splits, to_tensors
 from ..method.inference import iterate_logits, predict_slices
 from ..method.infnet import resize_map
 from ..method.metrics import dsc, per_image, pooled_dice, summarise, toolbox
-from ..method.multiclass import (MultiClassLoss, MultiClassUNet, Priors, balanced_weights, check_priors,
+from ..method.unets import MultiClassUNet
+from ..method.multiclass import (MultiClassLoss, Priors, balanced_weights, check_priors,
                                  class_dice, class_table, classes_of, fold_assignments, out_of_fold_priors,
                                  predicted_priors, prior_tensor, training_priors)
 from ..core import sha256_bytes, write_bytes, write_csv, write_json

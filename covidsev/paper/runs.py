@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..method.coach import TransferReport
+from ..method.inpainting import TransferReport
 from ..method.unets import build_network
 from ..core import (CheckpointError, ConfigError, NonFiniteError, repo_root, resolve_device,
                              seed_everything)

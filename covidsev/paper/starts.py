@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGES', 'WATCHED', 'PHANTOM_POOL', 'TASKS', 'PretextImages', 'image_hashes', 'check_unseen', 'prior_channel',
            'load_pretext_images', 'data_card', 'Players', 'pretext_config', 'build_players', 'start_game',
-           'game_identity', 'pretrain', 'PretextRun', 'inner', 'pretrain_network', 'transfer_table', 'turns_of',
+           'game_identity', 'pretrain', 'PretextRun', 'pretrain_network', 'transfer_table', 'turns_of',
            'pretext_metrics', 'harder_than_random', 'pretext_record', 'save_start', 'save_local', 'save_pretext',
            'pretext_run']
 
@@ -20,15 +20,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..method.coach import (Channels, CoachNet, InpaintingInfNet, InpaintingNet, Pretext, PretextConfig,
-                            PretextResult, RotationNet, RotationPretext, TransferReport, transfer)
-from ..method.unets import MODELS, build_network
+from ..method.coach import CoachNet, Pretext, PretextConfig, PretextResult, RotationNet, RotationPretext
+from ..method.inpainting import InpaintingInfNet, InpaintingNet, TransferReport, transfer
+from ..method.unets import MODELS, MultiClassUNet, build_network
 from ..core import (CheckpointError, ConfigError, LeakageError, check_choice, progress, resolve_device,
                              seed_everything)
 from ..data.datasets import (DARK_MEAN, SliceSet, Splits, UnlabelledSet, load_unlabelled, phantom_pool,
                                pool_tensors, spine_at_left, to_tensors)
 from ..method.infnet import count_parameters
-from ..method.multiclass import MultiClassUNet, prior_tensor
+from ..method.multiclass import prior_tensor
 from ..core import environment, git_commit, run_lock, sha256_bytes, write_csv, write_json
 from .runs import START_FILE, assert_no_leak, checkpoint_of, folder_of, identity, load_run_data, run_of
 from ..method.training import (StopSignals, TrainingInterrupted, _check_identity, _clear, data_hash, load_latest,
@@ -167,9 +167,7 @@ def _inpainting(settings: Mapping[str, Any], network: nn.Module) -> nn.Module:
     if settings["model"] == "infnet":
         return InpaintingInfNet(settings["backbone"], variant=settings["variant"], init=settings["init"])
     check_choice(f"inpainting variant of {settings['model']}", settings["variant"], ("linear",))
-    if settings["model"] == "multi":
-        return Channels(network.with_reconstruction_head())
-    return InpaintingNet(network)
+    return InpaintingNet(network, channels=2 if settings["model"] == "multi" else 1)
 
 
 def build_players(settings: Mapping[str, Any]) -> Players:
@@ -186,7 +184,7 @@ def build_players(settings: Mapping[str, Any]) -> Players:
     pretext = _inpainting(settings, network)
     coach = None
     if settings["masks"] == "coach":
-        coach = CoachNet(settings["coach_backbone"], variational=settings.get("coach_variational", False))
+        coach = CoachNet(settings["coach_backbone"])
     return Players(pretext, coach, network)
 
 
@@ -260,11 +258,6 @@ class PretextRun(NamedTuple):
     report: TransferReport
 
 
-def inner(pretext: nn.Module) -> nn.Module:
-    """The module that says what is handed over: `Channels` only wraps it."""
-    return pretext.network if isinstance(pretext, Channels) else pretext
-
-
 def pretrain_network(settings: Mapping[str, Any], images: PretextImages) -> PretextRun:
     """Builds, plays, and hands the weights over; a finished or interrupted run of the same settings goes on
     from its checkpoint."""
@@ -272,13 +265,13 @@ def pretrain_network(settings: Mapping[str, Any], images: PretextImages) -> Pret
     game = start_game(settings, players, images)
     result = pretrain(game, folder_of(settings, "checkpoints"), game_identity(settings, game),
                       save_every=settings.get("save_every", 5))
-    report = transfer(inner(players.pretext), players.network)
+    report = transfer(players.pretext, players.network)
     return PretextRun(dict(settings), images, players, result, report)
 
 
 def transfer_table(run: PretextRun) -> pd.DataFrame:
     """What was done with each layer: columns layer, tensors, values, what (loaded, fresh, left behind)."""
-    pretext, network, report = inner(run.players.pretext), run.players.network.state_dict(), run.report
+    pretext, network, report = run.players.pretext, run.players.network.state_dict(), run.report
     left = getattr(pretext, "body", pretext).state_dict()
     kinds = {"loaded": (report.loaded, network), "fresh": (report.fresh, network),
              "left behind": (report.left, left)}
@@ -357,7 +350,7 @@ def save_start(run: PretextRun, path: str | Path) -> None:
     """Writes the tensors that were handed over, in the names of the network to be fine-tuned, and which
     layers will be fresh."""
     own = run.players.network.state_dict()
-    save_checkpoint(path, {"kind": "pretext", "layers_fresh": list(inner(run.players.pretext).fresh_layers),
+    save_checkpoint(path, {"kind": "pretext", "layers_fresh": list(run.players.pretext.fresh_layers),
                            "weights": {name: own[name].cpu() for name in run.report.loaded}})
 
 

@@ -1,7 +1,6 @@
 """The pretext and its coach: what is erased, who may learn in which step, what is handed over, and everything that is refused."""
 import copy
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,17 +9,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from covidsev.method import infnet
-from covidsev.method.coach import (Channels, CoachNet, InpaintingInfNet, InpaintingNet, LAST_LAYERS, Pretext, PretextConfig, PretextResult,
-                            RotationNet, RotationPretext, check_images, coach_cells, coach_loss, coach_step, constrain, descend,
-                            draw_history, draw_masks, draw_pictures, epoch_order, erase, error_under, frozen, grey_gradient, grey_of,
-                            hard_mask, linear_head, mask_entropy, mask_grid, network_step, normalised_grey, random_blocks, random_mask,
-                            rank_of_threshold, reconstruction_loss, region_mean, soft_mask, spread, transfer, turn, turn_accuracy,
-                            turned_batch)
-from covidsev.method.unets import build_network
+from covidsev.method.coach import (RULES, CoachNet, Pretext, PretextConfig, PretextResult, RotationNet, RotationPretext, check_images,
+                                   coach_cells, coach_loss, coach_step, descend, epoch_order, error_under, frozen, mask_entropy, network_step,
+                                   turn)
+from covidsev.method.inpainting import (GREY_STD, LAST_LAYERS, InpaintingInfNet, InpaintingNet, constrain, erase, grey_error,
+                                        grey_gradient, grey_of, hard_mask, linear_head, mask_grid, normalised_grey, painted_grey,
+                                        random_mask, rank_of_threshold, reconstruction_loss, region_mean, soft_mask, spread,
+                                        transfer)
+from covidsev.method.unets import FORMS, MultiClassUNet, build_network
 from covidsev.core import CheckpointError, ConfigError, GeometryError, IntensityError, NonFiniteError
 from covidsev.data.datasets import load_phantom, to_tensors
 from covidsev.method.infnet import InfNet, count_parameters
-from covidsev.method.multiclass import FORMS, MultiClassUNet
 
 from tiny import tiny_backbone
 
@@ -81,7 +80,7 @@ class Copy(nn.Module):
         self.norm(x)  # only to have statistics that a leak would change
         return x * self.weight
 
-    def errors(self, outputs, x):
+    def errors(self, outputs, x, kind="squares"):
         return {"copy": (outputs - x).square()}
 
 
@@ -125,12 +124,6 @@ def test_more_budget_never_erases_more(scores, one, other):
     assert (hard_mask(scores, low) <= hard_mask(scores, high)).all()
 
 
-def test_adding_a_constant_changes_nothing():
-    scores = torch.randn(2, 1, 6, 6, generator=seeded())
-    assert torch.equal(hard_mask(scores + 8, 0.75), hard_mask(scores, 0.75))
-    torch.testing.assert_close(soft_mask(scores + 8, 0.75), soft_mask(scores, 0.75), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("keep", [0.0, 1.0, -0.5, 1.5, math.nan])
 def test_keep_outside_0_and_1(keep):
     with pytest.raises(ConfigError, match="fraction kept"):
@@ -170,14 +163,6 @@ def test_spread_repeats_each_cell_and_passes_gradients():
         spread(cells, (96, 64))
 
 
-@given(st.integers(0, 99), st.integers(1, 5), st.integers(1, 20), st.integers(20, 40), st.integers(20, 40))
-def test_blocks_lie_inside_and_erase_no_more_than_their_area(seed, count, side, height, width):
-    mask = random_blocks(2, (height, width), seeded(seed), count=count, side=side)
-    erased = (1 - mask).sum(dim=(1, 2, 3))
-    assert mask.shape == (2, 1, height, width) and (erased >= side**2).all() and (erased <= count * side**2).all()
-    assert torch.equal(mask, random_blocks(2, (height, width), seeded(seed), count=count, side=side))
-
-
 # the degenerate solution
 
 def erased_after(constrained: bool, x: torch.Tensor, steps: int = 40) -> list[float]:
@@ -186,7 +171,7 @@ def erased_after(constrained: bool, x: torch.Tensor, steps: int = 40) -> list[fl
     coach, network, fractions = CoachNet("tiny"), Copy(), []
     optimiser = torch.optim.Adam(coach.parameters(), 1e-2)
     for _ in range(steps):
-        scores, _ = coach(x)
+        scores = coach(x)
         mask = spread(soft_mask(scores, 0.75) if constrained else torch.sigmoid(scores), x.shape[-2:])
         optimiser.zero_grad()
         (1 - network.errors(erase(x, mask), x)["copy"].mean()).backward()
@@ -214,15 +199,15 @@ def test_a_coach_that_died_still_keeps_its_budget(slices):
 
 # who learns when
 
-@pytest.mark.parametrize("through", [False, True])
-@pytest.mark.parametrize("variant", ["linear", "as_published"])
-def test_nothing_leaks_into_the_network_in_a_coach_step(x, variant, through):
+@pytest.mark.parametrize("variant, rule", [("linear", "squares"), ("linear", "through_network"), ("linear", "cross_entropy"),
+                                           ("as_published", "through_network")])
+def test_nothing_leaks_into_the_network_in_a_coach_step(x, variant, rule):
     network, coach = build(variant)
     network.rfb_3.eval()  # a mixed mode must come back as it was, too
     network.rfb_4.requires_grad_(False)
     before, coach_before = state_of(network), state_of(coach)
     optimiser = torch.optim.SGD(coach.parameters(), 0.1)
-    coach_step(coach, network, optimiser, x, PretextConfig(through_network=through))
+    coach_step(coach, network, optimiser, x, PretextConfig(coach_loss=rule))
     assert all(weight.grad is None for weight in network.parameters())
     assert equal(before, network.state_dict())
     assert not equal(coach_before, coach.state_dict())
@@ -256,7 +241,7 @@ def test_coach_loss_is_one_minus_the_error_and_pushes_towards_it(x):
         def forward(self, x):
             return x
 
-        def errors(self, outputs, x):
+        def errors(self, outputs, x, kind="squares"):
             error = torch.full_like(x, 0.1)
             error[:, :, 16:32, 32:48] = 1.0  # cell (1, 2)
             return {"known": error}
@@ -266,23 +251,14 @@ def test_coach_loss_is_one_minus_the_error_and_pushes_towards_it(x):
             super().__init__()
             self.scores = nn.Parameter(torch.linspace(0, 0.1, 16).view(1, 1, 4, 4))
 
-        def forward(self, x, generator=None):
-            return self.scores.expand(len(x), 1, 4, 4), x.new_zeros(())
+        def forward(self, x):
+            return self.scores.expand(len(x), 1, 4, 4)
 
     free = Free()
-    loss, rec = coach_loss(free, Known(), x, 0.75)
+    loss = coach_loss(free, Known(), x, 0.75)
     loss.backward()
-    assert loss.item() == pytest.approx(1 - rec.item()) and 0.1 < rec.item() < 1
+    assert 0 < loss.item() < 0.9  # 1 - L_rec, and L_rec lies between the two errors
     assert int(free.scores.grad.argmax()) == 6  # descending lowers it: erased
-
-
-def test_the_divergence_counts_only_with_its_weight(x):
-    torch.manual_seed(0)
-    coach, network = CoachNet("tiny", variational=True, latent=4).eval(), Copy()
-    plain, _ = coach_loss(coach, network, x)
-    weighted, _ = coach_loss(coach, network, x, kl_weight=0.5)
-    _, divergence = coach(x)
-    assert divergence > 0 and (weighted - plain).item() == pytest.approx(0.5 * divergence.item(), rel=1e-3)
 
 
 def test_alpha_sharpens_the_mask():
@@ -308,7 +284,7 @@ def test_every_backbone_has_an_inpainting_form(backbone):
     with torch.device("meta"):
         network = InpaintingInfNet(backbone)
         outputs = network(torch.zeros(2, 1, 96, 64, device="meta"))
-        scores, _ = CoachNet(backbone)(torch.zeros(2, 1, 96, 64, device="meta"))
+        scores = CoachNet(backbone)(torch.zeros(2, 1, 96, 64, device="meta"))
     assert all(value.shape == (2, 1, 96, 64) for value in outputs) and scores.shape == (2, 1, 6, 4)
 
 
@@ -328,21 +304,12 @@ def test_as_published_heads_do_not_touch_the_old_forward(x):
     assert all(value.shape == (4, 3, SIDE, SIDE) and value.abs().max() <= 1 for value in network(x))
 
 
-def test_perfect_outputs_have_no_error(x):
-    for variant, unit in (("linear", 3), ("as_published", 1)):
-        network, _ = build(variant)
-        perfect = type(network(x))(*(unit * target for target in network.targets(x)))
-        assert all(error.abs().max() < 1e-9 and error.shape == x.shape for error in network.errors(perfect, x).values())
-        far = type(perfect)(*(target + 100 for target in perfect))
-        assert all(float(error.min()) == float(error.max()) == 2 for error in network.errors(far, x).values())
-
-
 def test_region_means_ignore_how_large_the_region_is():
     error = torch.full((3, 1, 8, 8), 0.25)
     for cut in (1, 3, 8):
         mask = torch.ones(3, 1, 8, 8)
         mask[..., :cut] = 0
-        loss = reconstruction_loss({"a": error, "b": 3 * error}, mask, 0.2)
+        loss = reconstruction_loss({"a": error, "b": 3 * error}, mask)
         assert loss.erased.item() == pytest.approx(0.5)
         assert loss.kept.item() == pytest.approx(0.5 if cut < 8 else 0)
     assert region_mean(error, torch.zeros_like(error)).item() == 0
@@ -352,8 +319,9 @@ def test_the_loss_looks_only_where_it_should():
     error = torch.zeros(1, 1, 32, 32)
     error[..., :16, :16] = 1  # only in the cell that is erased
     mask = spread(torch.tensor([[[[0.0, 1.0], [1.0, 1.0]]]]), (32, 32))
-    loss = reconstruction_loss({"only": error}, mask, 0.25)
-    assert (loss.erased.item(), loss.kept.item(), loss.total.item()) == pytest.approx((1, 0, 0.75))
+    loss, whole = (reconstruction_loss({"only": error}, mask, whole=whole) for whole in (False, True))
+    assert (loss.erased.item(), loss.kept.item(), loss.total.item()) == pytest.approx((1, 0, 0.99))
+    assert whole.total.item() == pytest.approx(0.25)  # algorithm 2: all four cells
 
 
 @given(st.integers(0, 99))
@@ -378,16 +346,34 @@ def test_linear_head_keeps_kernel_and_size():
     assert conv(torch.zeros(1, 5, 6, 4)).shape == (1, 2, 6, 4) and conv.bias is not None and conv.kernel_size == (3, 3)
 
 
-def test_unknown_variant_and_backbone():
-    with pytest.raises(ConfigError, match="did you mean 'linear'"):
-        InpaintingInfNet("tiny", variant="linaer")
-    with pytest.raises(ConfigError, match="resnet18"):
-        CoachNet("resnet81")
+def test_both_errors_are_smallest_where_the_picture_is_right(x):
+    grey = x.clamp(0.02, 0.98)
+    for kind, right in (("squares", normalised_grey(grey)), ("cross_entropy", torch.logit(grey))):
+        assert torch.allclose(painted_grey(right, kind), grey, atol=1e-5)
+        least = grey_error(right, grey, kind)
+        assert all((grey_error(right + off, grey, kind) >= least).all() for off in (-0.5, 0.5))
+    assert grey_error(normalised_grey(grey), grey).abs().max() == 0
+    assert grey_error(torch.full_like(x, 100.0), grey).min() == 2  # clipped
+    entropy = -(grey * grey.log() + (1 - grey) * (1 - grey).log())
+    torch.testing.assert_close(grey_error(torch.logit(grey), grey, "cross_entropy"), entropy, rtol=1e-4, atol=1e-5)
 
 
-def test_the_published_coach_has_its_published_size():
-    with torch.device("meta"):
-        assert count_parameters(CoachNet("resnet18", variational=True)) == 11_279_213
+def test_algorithm_2_is_the_mean_entropy_of_the_whole_slice_through_the_network(x):
+    network, coach = build()
+    rule = RULES["cross_entropy"]
+    loss = coach_loss(coach, network, x, 0.75, rule)
+    mask = spread(soft_mask(coach(x), 0.75), x.shape[-2:])
+    with frozen(network):
+        said = network(erase(x, mask))
+        terms = [nn.functional.binary_cross_entropy_with_logits(one, x) for one in said[:4]]
+        edge = (GREY_STD * grey_gradient(x)).clamp(max=1)
+        expected = 1 - torch.stack([*terms, nn.functional.binary_cross_entropy_with_logits(said.edge, edge)]).mean()
+    torch.testing.assert_close(loss, expected)
+    for weight, mine in zip(coach.parameters(), torch.autograd.grad(loss, list(coach.parameters()), retain_graph=True)):
+        weight.grad = mine
+    theirs = torch.autograd.grad(expected, list(coach.parameters()))
+    for weight, other in zip(coach.parameters(), theirs):
+        torch.testing.assert_close(weight.grad, other, rtol=1e-3, atol=1e-6)
 
 
 # handing over
@@ -451,7 +437,7 @@ def test_weights_with_nan_are_not_handed_over():
 @pytest.mark.parametrize("kind", FORMS)
 def test_the_multiclass_network_goes_the_same_way(kind):
     torch.manual_seed(0)
-    pretext, network = MultiClassUNet(kind).with_reconstruction_head(), MultiClassUNet(kind)
+    pretext, network = InpaintingNet(MultiClassUNet(kind), channels=2), MultiClassUNet(kind)
     head = network.head.weight.clone()
     report = transfer(pretext, network)
     own = network.state_dict()
@@ -465,7 +451,7 @@ def test_multiclass_forms_are_not_mixed():
     network = MultiClassUNet("small")
     before = state_of(network)
     with torch.device("meta"):
-        pretext = MultiClassUNet("published").with_reconstruction_head()
+        pretext = InpaintingNet(MultiClassUNet("published"), channels=2)
     with pytest.raises(CheckpointError, match="another network"):
         transfer(pretext, network)
     assert equal(before, network.state_dict())
@@ -496,7 +482,7 @@ def test_a_network_without_one_head_is_refused():
 # the game
 
 GAME = PretextConfig(warmup_epochs=12, rounds=2, coach_epochs=3, network_epochs=1, learning_rate=5e-3, coach_learning_rate=5e-3,
-                     later_rate=0.1, kept_weight=0.1, batch_size=4)
+                     later_rate=0.1, batch_size=4, precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -535,17 +521,8 @@ def test_the_history_is_complete(played):
     assert equal(result.network_state, network.state_dict()) and equal(result.coach_state, coach.state_dict())
 
 
-def test_mask_figure(played, slices):
-    import matplotlib.pyplot as plt
-
-    figure = draw_masks(played[2], slices[:8])
-    assert [axis.get_title() for axis in figure.axes if axis.get_title()] == ["epoch 11", "epoch 14", "epoch 18"]
-    assert len(figure.axes) == 9
-    plt.close(figure)
-
-
-@pytest.mark.parametrize("options", [{"masks": "coach"}, {"masks": "random"}, {"masks": "blocks", "block_side": 8},
-                                     {"masks": "coach", "random_share": 0.5, "augment": "paper", "through_network": True}])
+@pytest.mark.parametrize("options", [{"masks": "coach"}, {"masks": "random"}, {"masks": "coach", "augment": "paper", "coach_loss": "through_network"},
+                                     {"masks": "coach", "coach_loss": "cross_entropy", "precision": "bfloat16"}])
 def test_two_runs_are_the_same_and_leave_the_global_generator_alone(slices, options):
     config = PretextConfig(warmup_epochs=1, rounds=1, network_epochs=1, batch_size=8, seed=3, **options)
     results = []
@@ -561,17 +538,13 @@ def test_two_runs_are_the_same_and_leave_the_global_generator_alone(slices, opti
     assert first.coach_state is None or equal(first.coach_state, second.coach_state)
 
 
-RESUMED = {"coach": {"masks": "coach", "random_share": 0.5}, "random": {"masks": "random"}, "blocks": {"masks": "blocks", "block_side": 8},
-           "variational": {"masks": "coach", "kl_weight": 1e-6}}
-
-
-@pytest.mark.parametrize("options, after", [("coach", 1), ("coach", 5), ("random", 2), ("blocks", 3), ("variational", 3)])
-def test_a_run_can_stop_after_any_batch_and_go_on_with_the_same_bits(slices, options, after):
-    config = PretextConfig(warmup_epochs=1, rounds=1, network_epochs=1, batch_size=4, augment="strong", seed=2, **RESUMED[options])
+@pytest.mark.parametrize("masks, after", [("coach", 1), ("coach", 5), ("random", 2)])
+def test_a_run_can_stop_after_any_batch_and_go_on_with_the_same_bits(slices, masks, after):
+    config = PretextConfig(warmup_epochs=1, rounds=1, network_epochs=1, batch_size=4, augment="strong", seed=2, masks=masks)
 
     def new(seed: int) -> Pretext:
         torch.manual_seed(seed)
-        coach = CoachNet("tiny", variational=options == "variational", latent=4) if config.masks == "coach" else None
+        coach = CoachNet("tiny") if masks == "coach" else None
         return Pretext(InpaintingInfNet("tiny"), slices[:8], config, coach, watched=slices[:2])
 
     whole, stopped, other = new(0), new(0), new(1)
@@ -602,8 +575,6 @@ def test_the_state_of_another_network_is_refused(slices):
 
 
 def test_pictures_are_kept_at_the_end_of_each_phase(played, slices):
-    import matplotlib.pyplot as plt
-
     result = played[2]
     assert sorted(result.pictures) == [11, 14, 15, 18, 19]
     assert all(picture.shape == (8, 1, SIDE, SIDE) and picture.dtype == torch.uint8 for picture in result.pictures.values())
@@ -612,15 +583,6 @@ def test_pictures_are_kept_at_the_end_of_each_phase(played, slices):
     with torch.no_grad(), frozen(played[0]):
         again = grey_of(played[0](erase(x, mask)).s_3)
     assert torch.equal((255 * again).round().to(torch.uint8), result.pictures[19])
-    figures = draw_pictures(result, slices[:8], 3), draw_history(result.history)
-    assert [len(figure.axes) for figure in figures] == [10, 2]
-    plt.close("all")
-
-
-def test_another_seed_is_another_run(slices):
-    losses = [play(build()[0], slices, PretextConfig(warmup_epochs=1, rounds=0, masks="random", seed=seed)).history.loss[0]
-              for seed in (0, 1)]
-    assert losses[0] != losses[1]
 
 
 def test_the_later_rate_applies_after_the_warm_up(slices):
@@ -631,18 +593,6 @@ def test_the_later_rate_applies_after_the_warm_up(slices):
         game.step()
         rates.append(game.optimisers["network"].param_groups[0]["lr"])
     assert game.done and rates == pytest.approx([0.01, 0.003])
-
-
-def test_random_share_mixes_masks(slices):
-    network, coach = build()
-    x = slices[:8].float() / 255
-    own = spread(coach_cells(coach, x, 0.75), x.shape[-2:])
-    shares = {}
-    for share in (0.0, 0.5, 1.0):
-        run = Pretext(network, slices, PretextConfig(random_share=share), coach, watched=slices[:2])
-        shares[share] = sum(torch.equal(run.masks(x, "network"), own) for _ in range(20))
-        assert not torch.equal(run.masks(x, "warm-up"), own)
-    assert shares[0.0] == 20 and 2 < shares[0.5] < 18 and shares[1.0] == 0
 
 
 def test_images_are_not_changed(slices):
@@ -665,7 +615,7 @@ def test_no_epochs_change_nothing(slices):
     (torch.zeros(4, 64, 64, dtype=torch.uint8), GeometryError, "stack of slices"),
     (torch.zeros(4, 1, 64, 70, dtype=torch.uint8), GeometryError, "resize to 64 x 64"),
     (torch.zeros(3, 1, 64, 64, dtype=torch.uint8), ConfigError, "set batch_size to 3 or less"),
-    (torch.zeros(0, 1, 64, 64, dtype=torch.uint8), ConfigError, "fewer images than batch_size"),
+    (torch.zeros(0, 1, 64, 64, dtype=torch.uint8), ConfigError, "fewer images than a batch"),
     (torch.full((4, 1, 64, 64), math.nan), IntensityError, "8-bit"),
 ])
 def test_images_that_cannot_be_used(images, error, message):
@@ -679,23 +629,18 @@ def test_images_that_cannot_be_used(images, error, message):
 
 
 @pytest.mark.parametrize("options", [{"keep": 0.0}, {"batch_size": 0}, {"rounds": -1}, {"coach_epochs": 0}, {"learning_rate": 0.0},
-                                     {"learning_rate": math.nan}, {"random_share": 1.5}, {"kept_weight": -0.1}, {"alpha": 0.0},
-                                     {"masks": "coches"}, {"augment": "papre"}, {"block_side": 0}, {"later_rate": math.inf}])
+                                     {"learning_rate": math.nan}, {"coach_loss": "entropy"}, {"images_per_epoch": -1},
+                                     {"masks": "coches"}, {"augment": "papre"}, {"later_rate": math.inf}])
 def test_settings_that_cannot_work(options):
     with pytest.raises(ConfigError):
         PretextConfig(**options)
 
 
-@pytest.mark.parametrize("masks, given_coach", [("coach", False), ("random", True), ("blocks", True)])
+@pytest.mark.parametrize("masks, given_coach", [("coach", False), ("random", True), ("none", False)])
 def test_coach_and_masks_must_fit(slices, masks, given_coach):
     network, coach = build()
     with pytest.raises(ConfigError, match="coach and masks do not fit"):
         play(network, slices, PretextConfig(masks=masks), coach if given_coach else None)
-
-
-def test_blocks_larger_than_the_image(slices):
-    with pytest.raises(GeometryError, match="1 to 64 pixels"):
-        play(build()[0], slices, PretextConfig(masks="blocks", block_side=65, warmup_epochs=1))
 
 
 def test_a_missing_gpu_is_named(slices):
@@ -725,17 +670,18 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     assert torch.equal(before, layer.weight)
 
 
-@given(st.integers(1, 40), st.integers(1, 8), st.integers(0, 40))
-def test_an_epoch_holds_whole_batches_of_different_images(count, batch, wanted):
-    order = epoch_order(count, batch, seeded(), wanted if wanted <= count else 0)
-    seen = order.flatten().tolist()
-    assert order.shape == (((wanted if 0 < wanted <= count else count) // batch), batch)
-    assert len(set(seen)) == len(seen) and set(seen) <= set(range(count))
+@given(st.integers(8, 40), st.integers(1, 8), st.integers(0, 100))
+def test_an_epoch_holds_whole_batches_and_draws_each_image_as_often_as_any_other(count, batch, wanted):
+    order = epoch_order(count, batch, seeded(), wanted)
+    drawn = max(batch, wanted or count) // batch * batch
+    assert order.shape == (drawn // batch, batch)
+    often = torch.bincount(order.flatten(), minlength=count)
+    assert often.sum() == drawn and len(often) == count and often.max() <= drawn // count + 1
 
 
 def test_two_pools_give_equal_steps_and_the_larger_one_is_seen_over_the_epochs(slices):
     counts, used = {}, set()
-    for name, images in (("few", slices[:8]), ("many", slices)):
+    for name, images in (("few", slices[:6]), ("many", slices)):
         config = PretextConfig(masks="random", warmup_epochs=3, rounds=1, network_epochs=1, batch_size=4, images_per_epoch=8)
         game, counts[name] = Pretext(build()[0], images, config, watched=slices[:1]), 0
         while not game.done:
@@ -743,12 +689,6 @@ def test_two_pools_give_equal_steps_and_the_larger_one_is_seen_over_the_epochs(s
             counts[name] += 1
             used |= set(game.order.flatten().long().tolist()) if name == "many" else set()
     assert counts["few"] == counts["many"] == 2 * 4 and len(used) > 8  # drawn afresh in each epoch
-
-
-def test_images_per_epoch_cannot_be_more_than_there_are(slices):
-    with pytest.raises(ConfigError, match="set images_per_epoch to 16 or less"):
-        Pretext(build()[0], slices, PretextConfig(masks="random", images_per_epoch=17))
-    check_images(slices, 16)
 
 
 # entropies
@@ -766,39 +706,14 @@ def test_entropy_of_masks_that_erase_nothing():
 
 # several channels
 
-class Painted(NamedTuple):
-    image: torch.Tensor
-    prior: torch.Tensor
-
-
-class Both(nn.Module):
-    """One convolution on two maps, for each of them."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(2, 2, 3, padding=1)
-
-    def forward(self, image, prior):
-        return Painted(*self.conv(torch.cat([image, prior], dim=1)).split(1, dim=1))
-
-
-def test_two_channels_play_the_same_game(slices):
-    torch.manual_seed(0)
-    network, coach = Channels(Both()), CoachNet("tiny")
-    two = torch.cat([slices, 255 - slices], dim=1)
-    result = play(network, two, PretextConfig(warmup_epochs=4, rounds=1, learning_rate=0.05), coach)
-    assert all(picture.shape == (8, 1, SIDE, SIDE) for picture in result.pictures.values())
-    assert result.history.rec_random.iloc[-1] < 0.95 * result.history.rec_random.iloc[0]  # one convolution fills little
-    assert (result.masks.sum(dim=(2, 3, 4)) == KEPT).all()
-
-
 def test_the_multiclass_network_plays_too(slices):
     torch.manual_seed(0)
-    network = Channels(MultiClassUNet("small").with_reconstruction_head())
-    two = torch.cat([slices, slices // 2], dim=1)[:4]
-    config = PretextConfig(warmup_epochs=2, rounds=0, batch_size=4, masks="random")
-    assert play(network, two, config).history.loss.is_monotonic_decreasing
-    assert set(network.errors(network(two / 255.0), two / 255.0)) == {"image", "prior"}
+    network, two = InpaintingNet(MultiClassUNet("small"), channels=2), torch.cat([slices, slices // 2], dim=1)[:4]
+    config = PretextConfig(warmup_epochs=2, rounds=1, network_epochs=1, batch_size=4)
+    result = play(network, two, config, CoachNet("tiny"))
+    assert result.history.loss[:2].is_monotonic_decreasing and (result.masks.sum(dim=(2, 3, 4)) == KEPT).all()
+    assert len(network.errors(network(two / 255.0), two / 255.0)) == 2
+    assert all(picture.shape == (4, 1, SIDE, SIDE) for picture in result.pictures.values())
 
 
 # rotation
@@ -825,7 +740,7 @@ def test_rotation_refuses_masks_and_flips(slices, options):
     with pytest.raises(ConfigError, match="rotation erases nothing"):
         RotationPretext(RotationNet("tiny"), slices, PretextConfig(**options))
     if options["masks"] == "none":
-        with pytest.raises(ConfigError, match="inpainting needs masks"):
+        with pytest.raises(ConfigError, match="coach and masks do not fit"):
             Pretext(build()[0], slices, PretextConfig(masks="none"))
 
 
@@ -836,38 +751,21 @@ def test_turns_add_up_exactly(one, other):
     assert torch.equal(turn(once, torch.full((2,), other)), whole)
 
 
-def test_each_image_has_its_own_turn_and_label():
-    images = torch.rand(12, 1, 5, 5, generator=seeded())
-    turned, labels = turned_batch(images, (0, 2, 3), seeded(1))
-    assert set(labels.tolist()) == {0, 1, 2}
-    for image, made, label in zip(images, turned, labels.tolist()):
-        assert torch.equal(made, torch.rot90(image, (0, 2, 3)[label], (-2, -1)))
-
-
 def test_rotation_learns_repeats_and_hands_over_its_backbone(slices):
     tables = []
     for _ in range(2):
         torch.manual_seed(0)
-        network = RotationNet("tiny", turns=(0, 1, 2, 3))
+        network = RotationNet("tiny")
         tables.append(turned(network, slices, epochs=12).result().history)
     # a third of the first loss, with any seed; after four epochs it could still be above it
     assert tables[0].equals(tables[1]) and tables[0].loss.iloc[-1] < 0.6 * tables[0].loss.iloc[0]
-    assert tables[0].accuracy.iloc[-1] == pytest.approx(turn_accuracy(network, slices[:8].float() / 255))
+    with torch.no_grad(), frozen(network):
+        right = [network(turn(slices[:8].float() / 255, torch.full((8,), k))).argmax(1) == k for k in range(4)]
+    assert tables[0].accuracy.iloc[-1] == pytest.approx(torch.stack(right).float().mean().item())
     target = InfNet("tiny")
     report = transfer(network, target)
     assert {name.split(".")[0] for name in report.loaded} == {"backbone"} and report.left == ("classifier.weight", "classifier.bias")
     assert equal(network.backbone.state_dict(), target.backbone.state_dict())
-
-
-@pytest.mark.parametrize("turns", [(0,), (0, 0), (0, 4), (), (0, 1, 1)])
-def test_turns_that_cannot_be_told_apart(turns):
-    with pytest.raises(ConfigError, match="told apart"):
-        RotationNet("tiny", turns=turns)
-
-
-def test_only_square_slices_can_be_turned():
-    with pytest.raises(GeometryError, match="16 x 32"):
-        turn(torch.zeros(1, 1, 16, 32), torch.tensor([1]))
 
 
 def test_error_under_a_mask_uses_evaluation_mode(x):

@@ -28,9 +28,8 @@ from covidsev.method.inference import (
     save_model, save_onnx, segment, segment_scan, slice_logits, training_view)
 from covidsev.method.infnet import count_parameters
 from covidsev.method.losses import SideOutputs
-from covidsev.method.multiclass import MultiClassOutputs, MultiClassUNet
 from covidsev.method.training import save_checkpoint, weights_hash
-from covidsev.method.unets import build_network
+from covidsev.method.unets import MultiClassOutputs, MultiClassUNet, build_network
 
 SIZE = 32
 NAMES = ("infnet", "unet", "segnet", "multi")

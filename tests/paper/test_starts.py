@@ -12,11 +12,12 @@ import torch
 
 from covidsev.paper import starts as pretext_runs
 from covidsev.paper import runs
-from covidsev.method.coach import Channels, InpaintingNet, Pretext, RotationNet
+from covidsev.method.coach import Pretext, RotationNet
+from covidsev.method.inpainting import InpaintingNet
 from covidsev.core import CheckpointError, ConfigError, DataMissingError, LeakageError, NonFiniteError, RunLockedError
 from covidsev.method.unets import build_network
 from covidsev.data.datasets import load_splits, to_tensors
-from covidsev.method.multiclass import MultiClassUNet
+from covidsev.method.unets import MultiClassUNet
 from covidsev.paper.starts import (build_players, check_unseen, game_identity, harder_than_random, image_hashes, load_pretext_images,
                                    pretext_run, pretrain, pretrain_network, start_game)
 from covidsev.core import run_lock
@@ -314,7 +315,7 @@ def test_the_multiclass_pretext_reads_the_priors_of_their_run(base, tmp_path):
 
 def test_who_plays():
     assert type(build_players({**BASE, "model": "unet", "backbone": "small"}).pretext) is InpaintingNet
-    assert type(build_players({**BASE, "model": "multi"}).pretext) is Channels
+    assert type(build_players({**BASE, "model": "multi"}).pretext) is InpaintingNet
     rotation = build_players({**BASE, "task": "rotation", "masks": "none"})
     assert type(rotation.pretext) is RotationNet and rotation.coach is None
     assert build_players({**BASE, "coach_variational": True}).coach.code is not None
