@@ -43,9 +43,9 @@ from ..data.datasets import SliceSet, for_display, resize_image, to_tensors
 from ..data.phantom import demo_slice, to_uint8
 from ..data.scans import Scan, turn_picture
 from .infnet import count_parameters, load_weights, resize_map
-from .multiclass import MultiClassUNet, classes_of, prior_tensor
+from .multiclass import classes_of, prior_tensor
 from .training import load_checkpoint, weights_hash
-from .unets import MODELS, build_network
+from .unets import MODELS, MultiClassUNet, build_network
 
 # %% ../../nbs/2_method/10_inference.ipynb #cell-007
 MIRRORS = {False: ((),), True: ((), (-1,), (-2,), (-2, -1))}  # axes to flip in each pass
