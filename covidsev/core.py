@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'GGO', 'CONSOLIDATION', 'MAX_IMAGE_PIXELS', 'MAX_VOLUME_SHAPE', 'MAX_DECODED_BYTES', 'MAX_ARCHIVE_BYTES',
-           'MAX_ARCHIVE_RATIO', 'CovidSevError', 'ReadError', 'GeometryError', 'MaskError', 'IntensityError',
-           'ConfigError', 'DataMissingError', 'RunLockedError', 'CheckpointError', 'NonFiniteError', 'ChecksumError',
-           'ArchiveError', 'LeakageError', 'NotebookError', 'MissingExtraError', 'suggest', 'check_choice', 'repo_root',
-           'data_root', 'is_quiet', 'progress', 'resolve_device', 'cpu_instructions', 'has_bfloat16',
-           'resolve_precision', 'autocast', 'set_threads', 'seed_everything', 'sha256_bytes', 'sha256_file', 'as_json',
-           'sha256_json', 'atomic_write', 'write_bytes', 'write_text', 'write_json', 'read_json', 'write_csv',
-           'environment', 'git_commit', 'run_lock', 'publish_folder', 'publish_files']
+           'MAX_ARCHIVE_RATIO', 'MAX_ARCHIVE_MEMBERS', 'CovidSevError', 'ReadError', 'GeometryError', 'MaskError',
+           'IntensityError', 'ConfigError', 'DataMissingError', 'RunLockedError', 'CheckpointError', 'NonFiniteError',
+           'ChecksumError', 'ArchiveError', 'LeakageError', 'NotebookError', 'MissingExtraError', 'suggest',
+           'check_choice', 'repo_root', 'data_root', 'is_quiet', 'progress', 'resolve_device', 'cpu_instructions',
+           'has_bfloat16', 'resolve_precision', 'autocast', 'set_threads', 'seed_everything', 'sha256_bytes',
+           'sha256_file', 'as_json', 'sha256_json', 'atomic_write', 'write_bytes', 'write_text', 'write_json',
+           'read_json', 'write_csv', 'environment', 'git_commit', 'run_lock', 'publish_folder', 'publish_files']
 
 # %% ../nbs/00_core.ipynb #cell-002
 import difflib
@@ -58,6 +58,7 @@ MAX_VOLUME_SHAPE = (2048, 2048, 2000)  # voxels of one CT volume
 MAX_DECODED_BYTES = 4 * 2**30  # of one decoded array
 MAX_ARCHIVE_BYTES = 20 * 2**30  # of everything unpacked from one archive
 MAX_ARCHIVE_RATIO = 200  # unpacked bytes for each packed byte
+MAX_ARCHIVE_MEMBERS = 100_000  # files and folders in one archive
 
 # %% ../nbs/00_core.ipynb #cell-013
 def _message(what: str, answers: dict[str, Any]) -> str:

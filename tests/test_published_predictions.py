@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from covidsev.method import metrics
-from covidsev.data.datasets import find_covid_semiseg, read_map, read_mask
+from covidsev.data.datasets import find_covid_semiseg
+from covidsev.data.pictures import read_map, read_mask
 from covidsev.method.metrics import evaluate_folder, per_image, pooled_dice, summarise, threshold_curves, toolbox
 
 SINGLE = "Results/Lung infection segmentation"

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..core import GeometryError
-from .datasets import for_display
+from .pictures import for_display
 from ..core import write_bytes
 
 # %% ../../nbs/1_data/07_show.ipynb #cell-006

@@ -23,7 +23,7 @@ from scipy import ndimage
 from scipy.spatial import KDTree
 
 from ..core import ConfigError, GeometryError, IntensityError, MaskError, check_choice
-from ..data.datasets import list_pictures, natural_key, read_map, read_mask
+from ..data.pictures import list_pictures, natural_key, read_map, read_mask
 from ..core import write_csv
 
 if TYPE_CHECKING:  # for readers and editors: pandas is imported where a table is made

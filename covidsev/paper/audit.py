@@ -43,15 +43,9 @@ from covidsev.core import (
     data_root,
     seed_everything,
 )
-from covidsev.data.datasets import (
-    SCAN_GROUPS,
-    SliceSet,
-    find_covid_semiseg,
-    load_phantom,
-    read_map,
-    read_mask,
-    to_tensors,
-)
+from ..data.datasets import (SCAN_GROUPS, SliceSet, find_covid_semiseg, load_phantom,
+                                    to_tensors)
+from ..data.pictures import read_map, read_mask
 from ..data.show import LINES, overlay, plain_axes, stamp, strip
 from .illustrations import STRENGTHS, erased_fractions
 from ..method.inference import predict_slices

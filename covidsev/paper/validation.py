@@ -26,7 +26,8 @@ from scipy import ndimage
 from ..method.statistics import (CUT, Estimate, agreement_rows, compare_auc, discrimination_rows,
                                 weighted_kappa)
 from ..core import ConfigError, CovidSevError, DataMissingError, LeakageError, progress
-from ..data.datasets import SliceSet, for_display, read_image
+from ..data.datasets import SliceSet
+from ..data.pictures import for_display, read_image
 from ..data.sources import SOURCES, Sample, get_source, how_to_get, load_masks
 from ..severity.lungs import LungMask, segment_lungs, split_lungs
 from ..method.metrics import dsc

@@ -17,9 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covidsev.data import catalogue
-from covidsev.data.catalogue import (CATALOGUE, FolderDigest, compare_content, download, fetch, folder_digest,
-                                get_entry,
-                                missing_data_message, safe_extract)
+from covidsev.data.sources import (CATALOGUE, FolderDigest, compare_content, download, fetch,
+                                   folder_digest, get_entry, missing_data_message, safe_extract)
 from covidsev.core import (ArchiveError, ChecksumError, ConfigError, DataMissingError, RunLockedError,
                              data_root)
 from covidsev.core import read_json, run_lock, sha256_file

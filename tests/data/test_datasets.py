@@ -15,21 +15,17 @@ from PIL import Image, ImageFile
 from covidsev.core import (ConfigError, DataMissingError, GeometryError, IntensityError, LeakageError,
                              MaskError,
                              ReadError, data_root)
-from covidsev.data.datasets import (KNOWN_SHARED_GROUPS, LABELLED_PEAKS, SCAN_GROUPS, ScanRule, SliceSet, carve,
-                               check_covid_semiseg,
-                               check_disjoint,
-                               domain_shift, find_covid_semiseg, for_display, grey_peaks, grey_profile,
-                               harmonise,
-                               load_covid_semiseg,
-                               load_phantom, load_priors, load_splits, load_unlabelled, mask_edge,
-                               nested_subset, pair_by_stem,
-                               palette_picture, phantom_pool, phantom_pseudo_labels, pool_tensors,
-                               prior_is_ground_truth,
-                               pseudo_label_tensors, read_image, read_labels, read_map,
-                               read_mask,
-                               read_pseudo_label, resize_image, resize_labels, scan_group, scan_of_name,
-                               scan_rule, shares_scan_with_train, spread_over_scans, to_tensors,
-                               write_covid_semiseg)
+from covidsev.data.datasets import (KNOWN_SHARED_GROUPS, LABELLED_PEAKS, SCAN_GROUPS, ScanRule,
+                                    SliceSet, carve, check_covid_semiseg, check_disjoint,
+                                    domain_shift, find_covid_semiseg, grey_peaks, grey_profile,
+                                    harmonise, load_covid_semiseg, load_phantom, load_priors,
+                                    load_splits, load_unlabelled, mask_edge, nested_subset,
+                                    phantom_pool, phantom_pseudo_labels, pool_tensors,
+                                    prior_is_ground_truth, pseudo_label_tensors, read_pseudo_label,
+                                    scan_group, scan_of_name, scan_rule, shares_scan_with_train,
+                                    spread_over_scans, to_tensors, write_covid_semiseg)
+from covidsev.data.pictures import (for_display, pair_by_stem, palette_picture, read_image,
+                                    read_labels, read_map, read_mask, resize_image, resize_labels)
 
 LABELS = np.random.default_rng(0).choice(3, (48, 40), p=[0.7, 0.2, 0.1]).astype(np.uint8)
 GREY = np.random.default_rng(1).integers(0, 256, (48, 40), dtype=np.uint8)

@@ -22,8 +22,9 @@ from toys import write_nifti
 from covidsev.data import scans
 from covidsev.core import (ConfigError, CovidSevError, GeometryError, IntensityError, MaskError, MissingExtraError,
                              ReadError)
-from covidsev.data.scans import (find_cases, make_grid, read_header, read_mask_for, read_scan, sniff, turn_picture,
-                            write_mask)
+from covidsev.data.scans import (find_cases, read_mask_for, read_scan, sniff, turn_picture,
+                                 write_mask)
+from covidsev.data.volumes import make_grid, read_header
 
 SHAPE = (40, 36, 12)
 AFFINE = np.array([[-0.8, 0, 0, 15.0], [0, -0.8, 0, 14.0], [0, 0, 5.0, -30.0], [0, 0, 0, 1.0]])

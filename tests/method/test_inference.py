@@ -18,9 +18,11 @@ from torch.nn import functional
 
 from covidsev.core import (CheckpointError, ConfigError, CovidSevError, GeometryError, MissingExtraError,
                            NonFiniteError, read_json, sha256_file, write_json)
-from covidsev.data.datasets import SliceSet, for_display
+from covidsev.data.datasets import SliceSet
+from covidsev.data.pictures import for_display
 from covidsev.data.phantom import phantom_volume, to_uint8
-from covidsev.data.scans import Scan, make_grid, read_scan, turn_picture, write_mask
+from covidsev.data.scans import Scan, read_scan, turn_picture, write_mask
+from covidsev.data.volumes import make_grid
 from covidsev.method import inference
 from covidsev.method.inference import (
     MODEL_FORMAT, PARITY, ModelInfo, SecondStage, Segmenter, as_volume, card_path, check_parity, export_run, fit_temperature,

@@ -11,7 +11,8 @@ from covidsev.method.augmentation import augment, augmentation
 from covidsev.core import (ConfigError, CovidSevError, GeometryError, IntensityError,
                              LeakageError, MaskError)
 from covidsev.data.datasets import (KNOWN_SHARED_GROUPS, SliceSet, load_covid_semiseg, load_phantom,
-                               prior_is_ground_truth, read_map, to_tensors)
+                                    to_tensors)
+from covidsev.data.pictures import read_map
 from covidsev.method.infnet import InfNet, count_parameters
 from covidsev.method.losses import focal
 from covidsev.method.metrics import per_image
@@ -414,7 +415,9 @@ def test_tables_of_unequal_numbers():
 
 def test_priors_of_the_real_set(data_root):
     """The published priors are the masks; out-of-fold ones of its 50 slices keep the known scans together."""
-    assert prior_is_ground_truth(data_root)
+    priors, masks = (data_root / "covid-semiseg/Dataset/TrainingSet" / name for name in (
+        "MultiClassInfection-Train/Prior", "LungInfection-Train/Doctor-label/GT"))
+    assert all(path.read_bytes() == (masks / path.name).read_bytes() for path in priors.iterdir())
     train = load_covid_semiseg(data_root, "train")
     folds = fold_assignments(train.groups, 5, seed=0)
     assert np.bincount(folds).tolist() == [10] * 5

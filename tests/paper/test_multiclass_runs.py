@@ -528,7 +528,8 @@ def test_the_toolbox_of_a_perfect_decision():
 
 def test_the_published_maps_give_the_published_table(data_root, published_root):
     """The decisions of Semi-Inf-Net & U-Net: the toolbox columns that this module writes are the printed ones."""
-    from covidsev.data.datasets import load_covid_semiseg, read_map
+    from covidsev.data.datasets import load_covid_semiseg
+    from covidsev.data.pictures import read_map
     test = load_covid_semiseg(data_root, "test")
     folder = published_root / "Results" / "Multi-class lung infection segmentation"
     names = {1: "Ground-glass opacities", 2: "Consolidation"}

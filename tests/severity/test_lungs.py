@@ -507,7 +507,7 @@ def real_slices(root: Path):
     """Every eighth slice of the 20-case set that has a CT, upright: name, case, CT, lungs, infection.
 
     The rule for grey pictures was chosen on the slices 0, 4, 8, ... of this order; these are 2, 10, 18, ..."""
-    from covidsev.data.datasets import read_image, read_mask
+    from covidsev.data.pictures import read_image, read_mask
 
     cases = {row["file"]: row["case_inferred"] for row in csv.DictReader(open(root / "slices.csv", encoding="utf-8"))}
     for path in sorted((root / "ct").iterdir())[2::8]:

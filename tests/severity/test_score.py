@@ -15,7 +15,8 @@ from covidsev.core import ConfigError, GeometryError, IntensityError, MaskError
 from covidsev.severity.lungs import LungSegmentationError
 from covidsev.data.phantom import phantom_volume
 from covidsev.core import read_json, write_json
-from covidsev.data.scans import Scan, make_grid, turn_picture
+from covidsev.data.scans import Scan, turn_picture
+from covidsev.data.volumes import make_grid
 from covidsev.severity.score import (
     LOBE_OF_REGION,
     LOBES,
