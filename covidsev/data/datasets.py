@@ -7,9 +7,9 @@ __all__ = ['SCAN_GROUPS', 'MISSING_SEMISEG', 'NOTE_FILE', 'PARTS', 'Slice', 'SUB
            'BRIGHT_BONE', 'SURE_VOTE', 'LABELLED_PEAKS', 'SliceSet', 'array_hash', 'mask_edge', 'stack_slices',
            'to_tensors', 'ScanGroup', 'scan_group', 'shares_scan_with_train', 'part_folder', 'split_parts',
            'find_covid_semiseg', 'read_note', 'read_split', 'load_covid_semiseg', 'write_covid_semiseg', 'load_phantom',
-           'Splits', 'carve', 'nested_subset', 'check_disjoint', 'load_splits', 'UnlabelledSet', 'scan_of_name',
-           'load_unlabelled', 'ScanRule', 'spine_at_left', 'grey_peaks', 'scan_rule', 'harmonise', 'spread_over_scans',
-           'pool_tensors', 'pseudo_label_tensors', 'phantom_pool', 'phantom_pseudo_labels']
+           'Splits', 'carve', 'group_folds', 'nested_subset', 'check_disjoint', 'load_splits', 'UnlabelledSet',
+           'scan_of_name', 'load_unlabelled', 'ScanRule', 'spine_at_left', 'grey_peaks', 'scan_rule', 'harmonise',
+           'spread_over_scans', 'pool_tensors', 'pseudo_label_tensors', 'phantom_pool', 'phantom_pseudo_labels']
 
 # %% ../../nbs/1_data/03_datasets.ipynb #be0532a2
 import hashlib
@@ -319,7 +319,7 @@ def load_phantom(split: str, n: int, size: int, seed: int = 0) -> SliceSet:
                     [phantom.labels for _, phantom in patients],
                     [f"phantom:{split}:{patient}" for patient, _ in patients])
 
-# %% ../../nbs/1_data/03_datasets.ipynb #56b1036e
+# %% ../../nbs/1_data/03_datasets.ipynb #cb9d8fa8
 class Splits(NamedTuple):
     """The three sets of an experiment."""
 
@@ -356,6 +356,30 @@ def carve(slices: SliceSet, n: int, seed: int) -> tuple[list[int], list[int]]:
                           expected="a smaller validation split",
                           fix="choose another number of validation slices")
     return [index for index in range(len(slices)) if index not in chosen], sorted(chosen)
+
+
+def group_folds(slices: SliceSet, k: int, seed: int) -> list[list[int]]:
+    """Indices of the slices in `k` folds of whole groups, about equal in number and in infected share.
+
+    Large groups are dealt first, then the others from the most infected down, `k` at a time in an order drawn
+    with `seed`; each goes to the fold that has the fewest slices, then the smallest share. `ConfigError` for
+    fewer groups than k."""
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(slices.groups):
+        members.setdefault(group, []).append(index)
+    groups = list(members.values())
+    if not 2 <= k <= len(groups):
+        raise ConfigError("cannot make that many folds of whole groups", found=f"{k} folds of {len(groups)} groups",
+                          expected=f"2 to {len(groups)}")
+    share = [float(np.mean([slices.infection(index).mean() for index in group])) for group in groups]
+    ranked, rng = np.argsort(share)[::-1], np.random.default_rng(seed)
+    order = [int(one) for start in range(0, len(groups), k) for one in rng.permutation(ranked[start:start + k])]
+    folds, infected = [[] for _ in range(k)], [0.0] * k
+    for number in sorted(order, key=lambda number: -len(groups[number])):
+        chosen = min(range(k), key=lambda fold: (len(folds[fold]), infected[fold]))
+        folds[chosen] += groups[number]
+        infected[chosen] += len(groups[number]) * share[number]
+    return [sorted(fold) for fold in folds]
 
 
 SUBSET_STRATA = 10  # of the infected share, for subsets of the training slices

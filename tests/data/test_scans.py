@@ -8,6 +8,7 @@ import os
 import struct
 import sys
 import tracemalloc
+import unicodedata
 import warnings
 import zlib
 
@@ -19,12 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from toys import write_nifti
 
-from covidsev.data import scans
+from covidsev.data import volumes
 from covidsev.core import (ConfigError, CovidSevError, GeometryError, IntensityError, MaskError, MissingExtraError,
                              ReadError)
-from covidsev.data.scans import (find_cases, read_mask_for, read_scan, sniff, turn_picture,
+from covidsev.data.scans import (Scan, find_cases, read_mask_alone, read_mask_for, read_scan, sniff, turn_picture,
                                  write_mask)
-from covidsev.data.volumes import make_grid, read_header
+from covidsev.data.volumes import make_grid, nifti_grid, read_header
 
 SHAPE = (40, 36, 12)
 AFFINE = np.array([[-0.8, 0, 0, 15.0], [0, -0.8, 0, 14.0], [0, 0, 5.0, -30.0], [0, 0, 0, 1.0]])
@@ -78,6 +79,19 @@ def test_bad_magic(tmp_path):
     data[344:348] = b"XXXX"
     path.write_bytes(data)
     fails(ReadError, "neither NIfTI", "a.nii")(path)
+
+
+@pytest.mark.parametrize("content, words", [(b"NRRD0004\ntype: short\n", "an NRRD file"), (b"ObjectType = Image\nNDims = 3\n", "a MetaImage"),
+                                            (b"NDims = 3\nDimSize = 4 4 4\n", "a MetaImage"), (b"PK\3\4rest", "a zip archive")])
+def test_other_formats_are_named_with_the_way_out(tmp_path, content, words):
+    (tmp_path / "a.mha").write_bytes(content)
+    fails(ReadError, words, "convert it to NIfTI")(tmp_path / "a.mha")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, scan):
+    os.mkfifo(tmp_path / "pipe.nii")
+    fails(ReadError, "not a regular file")(tmp_path / "pipe.nii")
+    fails(ReadError, "not a regular file", call=read_mask_for)(tmp_path / "pipe.nii", scan)
 
 
 def test_half_of_a_pair(tmp_path):
@@ -134,10 +148,26 @@ def test_a_giant_claim_allocates_nothing(tmp_path, name):
 
 
 def test_a_packed_file_that_could_hold_it_meets_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(scans, "MAX_DECODED_BYTES", 4 * VOLUME.size - 1)
+    monkeypatch.setattr(volumes, "MAX_DECODED_BYTES", 4 * VOLUME.size - 1)
     fails(ReadError, "too large", "claims 17,280 voxels")(save(tmp_path / "a.nii.gz"))
     monkeypatch.undo()
     fails(ReadError, "too large")(save(tmp_path / "b.nii.gz", np.zeros((4096, 40, 2), np.int16)))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 348, 351, 352.5, -8, np.nan, np.inf])
+def test_voxels_never_begin_in_the_header(tmp_path, scan, offset):
+    """Read from there, the header itself would become voxels of the first slice; in a mask as well."""
+    fails(ReadError, "where the voxels begin", "at least 352")(save(tmp_path / "a.nii", vox_offset=offset))
+    mask = save(tmp_path / "m.nii", (VOLUME > 0).astype(np.uint8), vox_offset=offset)
+    fails(ReadError, "where the voxels begin", call=read_mask_for)(mask, scan)
+
+
+def test_a_later_offset_is_honoured_and_one_behind_the_end_is_not(tmp_path):
+    path = save(tmp_path / "a.nii", vox_offset=368)
+    data = path.read_bytes()
+    path.write_bytes(data[:352] + bytes(16) + data[352:])
+    assert np.array_equal(read_scan(path).hu, VOLUME[::-1, ::-1])
+    fails(ReadError, "truncated or corrupt")(save(tmp_path / "b.nii", vox_offset=10**6))
 
 
 # rows 4, 5, 11, 12: shapes and types
@@ -233,6 +263,18 @@ def test_no_orientation_and_an_assumed_one(tmp_path):
     assert np.array_equal(read_mask_for(mask, lps), (VOLUME > 0)[::-1, ::-1])
     for wrong in ("RA", "RRS", "XYZ", "LRS"):
         fails(ConfigError, "not an orientation", assume_orientation=wrong)(path)
+
+
+@pytest.mark.parametrize("length, refused", [(1.0000002, False), (1.0002, False), (1.01, True)])
+@pytest.mark.parametrize("sform_code", [0, 1])
+def test_a_rounded_rotation_is_no_fault(tmp_path, length, refused, sform_code):
+    """Half a turn about z is (0, 0, 1), which rounding may leave a little above 1."""
+    path = save(tmp_path / "a.nii", quatern_b=0, quatern_c=0, quatern_d=length, qoffset_x=15, qoffset_y=14, qoffset_z=-30,
+                qform_code=1, sform_code=sform_code, pixdim=[1, 0.8, 0.8, 5, 0, 0, 0, 0])
+    if refused:
+        fails(GeometryError, "qform of the header cannot be used")(path)
+    else:
+        assert np.array_equal(read_scan(path).hu, VOLUME[::-1, ::-1])
 
 
 def tilted(degrees: float) -> np.ndarray:
@@ -400,6 +442,18 @@ def test_masks_of_a_stack_pair_by_stem_and_go_back_by_stem(tmp_path, first_slice
     fails(MaskError, "a1 has no mask", "3 slices, 2 masks", call=read_mask_for)(tmp_path / "m", scan)
 
 
+def test_names_are_compared_in_one_unicode_form(tmp_path):
+    folder = make_stack(tmp_path / "s", ["Mu\u0308ller 1.png", "Mu\u0308ller 2.png"])  # as a Mac packs them
+    scan = read_scan(folder)
+    for kind in ("NFC", "NFD"):
+        masks = make_stack(tmp_path / kind, [unicodedata.normalize(kind, f"M\u00fcller {k}.png") for k in (1, 2)])
+        for path in masks.iterdir():
+            save_picture(path, np.full((40, 44), 1, np.uint8))
+        assert read_mask_for(masks, scan).all()
+        write_mask(tmp_path / "out", np.ones(scan.hu.shape), scan)
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["M\u00fcller 1.png", "M\u00fcller 2.png"]
+
+
 def test_stems_that_are_not_clear(tmp_path):
     folder = make_stack(tmp_path / "s", ["a.png", "a.bmp", "b.png"])
     fails(MaskError, "a is there 2 times")(folder)
@@ -450,6 +504,19 @@ def test_masks_that_were_interpolated(tmp_path, scan):
         save(tmp_path / "n.nii", np.full(SHAPE, np.nan, np.float32)), scan)
     whole = save(tmp_path / "f.nii", (VOLUME > 0).astype(np.float64))  # floats are fine where they are whole
     assert np.array_equal(read_mask_for(whole, scan), (VOLUME > 0)[::-1, ::-1])
+
+
+@pytest.mark.parametrize("dtype, slope, inter", [(np.uint8, 1 / 255, 0), (np.float32, 1.0000000591, 0), (np.int16, 1, 1e-7)])
+def test_labels_that_were_only_rounded(tmp_path, scan, dtype, slope, inter):
+    """Saved with a scale, as by programs that store floats in a byte: 1 comes back as 1.0000000591."""
+    mask = (VOLUME > 0)
+    stored = (mask * (255 if dtype == np.uint8 else 1)).astype(dtype)
+    path = save(tmp_path / "m.nii", stored, scl_slope=slope, scl_inter=inter)
+    assert np.array_equal(read_mask_for(path, scan), mask[::-1, ::-1])
+    alone, spacing = read_mask_alone(path, (1,))
+    assert np.array_equal(alone, mask[::-1, ::-1]) and spacing == pytest.approx((0.8, 0.8, 5.0))
+    half = save(tmp_path / "h.nii", np.where(mask, 1.01, 0).astype(np.float32))
+    fails(MaskError, "does not hold labels", call=read_mask_for)(half, scan)
 
 
 def test_label_maps_and_lobes(tmp_path, scan):
@@ -653,6 +720,81 @@ def test_series_that_are_refused(tmp_path, changes, error, texts):
     assert not [word for word in PLANTED if word in message] and "1.2.3.4" not in message
 
 
+MALFORMED = {"RescaleIntercept": ["PLANTED1,0", "PLANTEDTEXT", ["1", "2"]], "RescaleSlope": ["1,0PLANTED", "1e999"],
+             "PixelSpacing": [["PLANTED0,8", "0.8"], ["0.8"], ["0.8", "0.8", "0.8"]], "SliceThickness": ["5,0PLANTED"],
+             "ImagePositionPatient": [["1", "PLANTED", "3"], ["1", "2"], ["1", "2", "NaN"]],
+             "ImageOrientationPatient": [["1", "0", "0", "0", "1"], ["PLANTED"] * 6]}
+
+
+@needs_pydicom
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in MALFORMED.items() for value in values])
+def test_malformed_numbers_are_named_without_their_value(tmp_path, name, value, caplog):
+    folder = dicom_series(tmp_path / "s", range(6))
+    for k, path in enumerate(sorted(folder.iterdir())[:2]):
+        write_raw(path, name, value)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        message = fails(ReadError, f"{name} is malformed", "2 of 6 files")(folder)
+    assert not any("PLANTED" in text for text in (message, caplog.text, *(str(one.message) for one in seen)))
+
+
+def write_raw(path, name, value):
+    """Replaces the text of a tag by anything, as a damaged or foreign program would leave it."""
+    import pydicom
+    from pydicom.dataelem import RawDataElement
+    from pydicom.tag import Tag
+
+    file = pydicom.dcmread(path)
+    tag, text = Tag(pydicom.datadict.tag_for_keyword(name)), "\\".join([value] if isinstance(value, str) else value)
+    data = (text + " " * (len(text) % 2)).encode()
+    file._dict[tag] = RawDataElement(tag, "DS", len(data), data, 0, False, True)
+    file.save_as(path, enforce_file_format=False)
+
+
+@needs_pydicom
+@pytest.mark.parametrize("changes", [{"ImageOrientationPatient": [0] * 6}, {"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]},
+                                     {"PixelSpacing": [0, 0.8]}, {"ImageOrientationPatient": [2, 0, 0, 0, 1, 0]}])
+def test_numbers_that_cannot_be(tmp_path, changes):
+    fails(ReadError, "cannot be", "12 of 12")(dicom_series(tmp_path / "s", **changes))
+
+
+@needs_pydicom
+@pytest.mark.parametrize("name", ["PatientID", "PatientName", "StudyInstanceUID", "FrameOfReferenceUID", "SeriesInstanceUID"])
+def test_two_people_never_become_one_scan(tmp_path, name):
+    """Any one of the ids tells them apart, even where the positions would interleave into one long scan."""
+    folder = dicom_series(tmp_path / "s", range(6), "A", **{name: "1.5"})
+    dicom_series(folder, range(6, 12), "B", **{name: "1.6"})
+    message = fails(ReadError, "mixes 2 series", "6, 6 files")(folder)
+    assert "1.5" not in message and "1.6" not in message
+
+
+@needs_pydicom
+def test_positions_must_lie_on_one_line(tmp_path):
+    """Two scans whose ids were all blanked betray themselves by where their slices are."""
+    folder = tmp_path / "s"
+    folder.mkdir()
+    for k in range(12):
+        dicom_file(folder / f"{k}.dcm", k, VOLUME[:, :, k].T.astype(np.int32),
+                   ImagePositionPatient=[-15 + 40 * (k % 2), -14, -30 + 5 * k])
+    fails(GeometryError, "do not lie on one line", "36.4 mm")(folder)
+
+
+@needs_pydicom
+@pytest.mark.parametrize("implicit", [False, True])
+def test_dicom_without_its_mark_is_read(tmp_path, implicit):
+    """Some exporters write the data set alone: no preamble, no file header."""
+    import pydicom
+
+    whole = dicom_series(tmp_path / "s")
+    expected = read_scan(whole).hu
+    for path in list(whole.iterdir())[::2]:
+        file = pydicom.dcmread(path)
+        bare = pydicom.dataset.Dataset(file)
+        bare.save_as(path, implicit_vr=implicit, little_endian=True)
+        assert path.read_bytes()[128:132] != b"DICM" and sniff(path) == "dicom"
+    assert np.array_equal(read_scan(whole).hu, expected)
+
+
 @needs_pydicom
 def test_missing_and_mixed_slices(tmp_path):
     fails(GeometryError, "slices are missing: 1 gaps", "10.00 mm", "5.00 mm")(
@@ -827,9 +969,9 @@ def test_mosmed_masks_read_as_they_are(data_root):
         pytest.skip("needs the MosMed masks in the data folder")
     for path in masks[::25]:
         header = read_header(path)
-        grid, notes = scans.nifti_grid(header, path)
+        grid, notes = nifti_grid(header, path)
         assert (grid.orientation, notes) == ("LAS", []) and np.linalg.norm(grid.affine[:3, 2]) == pytest.approx(8.0)
         fails(IntensityError, "not Hounsfield units")(path)
-        blank = scans.Scan(np.zeros([grid.shape[axis] for axis in np.argsort(grid.axes)], np.float32), "volume", "HU",
-                           "", "", grid.canonical_affine, (1.0, 1.0, 8.0), grid=grid)
+        blank = Scan(np.zeros(grid.canonical(np.empty(grid.shape)).shape, np.float32), "volume", "HU", "", "",
+                     grid.canonical_affine, (1.0, 1.0, 8.0), grid=grid)
         assert read_mask_for(path, blank).max() == 1
