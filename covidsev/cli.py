@@ -181,10 +181,10 @@ def data() -> None:
 @data.command("list")
 def list_data() -> None:
     """What there is, with size, source, licence, citation and layout, and whether it can be fetched."""
-    from covidsev.data.sources import SOURCES, describe_source
+    from covidsev.data.sources import cards, describe
 
-    for name in SOURCES:
-        click.echo(describe_source(name) + "\n")
+    for card in cards().values():
+        click.echo(describe(card) + "\n")
 
 
 @data.command("get")

@@ -38,8 +38,9 @@ from torch import nn
 from ..core import (CheckpointError, ConfigError, CovidSevError, GeometryError, MissingExtraError,
                            NonFiniteError, autocast, check_choice, progress, read_json, resolve_device,
                            sha256_bytes, sha256_file, sha256_json, write_bytes, write_text)
-from ..data.catalogue import CATALOGUE
-from ..data.datasets import SliceSet, for_display, resize_image, to_tensors
+from ..data.sources import cards
+from ..data.datasets import SliceSet, to_tensors
+from ..data.pictures import for_display, resize_image
 from ..data.phantom import demo_slice, to_uint8
 from ..data.scans import Scan, turn_picture
 from .infnet import count_parameters, load_weights, resize_map
@@ -333,7 +334,7 @@ def model_card(info: ModelInfo, name: str, sha256: str) -> str:
     text = importlib.resources.files("covidsev.method").joinpath("model_card.md.j2").read_text(encoding="utf-8")
     page = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
                               undefined=jinja2.StrictUndefined).from_string(text)
-    return page.render(info=info, name=name, sha256=sha256, facts=facts, metrics=rows, data=CATALOGUE.get(info.data))
+    return page.render(info=info, name=name, sha256=sha256, facts=facts, metrics=rows, data=cards().get(info.data))
 
 
 def save_model(path: str | Path, network: nn.Module, info: ModelInfo, *, half: bool = False) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core import ConfigError, MaskError, check_choice, repo_root, resolve_device, sha256_bytes
-from ..data.datasets import list_pictures, natural_key
+from ..data.pictures import list_pictures, natural_key
 
 # %% ../../nbs/3_severity/03_inputs.ipynb #cell-005
 TASKS = ("severity", "segment")
