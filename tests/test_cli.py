@@ -129,6 +129,15 @@ def test_evaluate_writes_what_it_prints(tmp_path):
     assert (tmp_path / "out/summary.csv").read_text().startswith("metric,value\n")
     assert "a" in (tmp_path / "out/per_image.csv").read_text().splitlines()[1].split(",")[0]
 
+@pytest.mark.parametrize("stem", ["=cmd|x", "@SUM(1)", "+1", "-1+2", "plain"])
+def test_evaluate_writes_no_formula(tmp_path, stem):
+    for name in ("maps", "masks"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.eye(80, dtype=np.uint8) * 255).save(tmp_path / name / f"{stem}.png")
+    status, text = call("evaluate", "--pred", tmp_path / "maps", "--truth", tmp_path / "masks", "--out", tmp_path / "out")
+    line = (tmp_path / "out/per_image.csv").read_text().splitlines()[1]
+    assert status == 0 and line.startswith(("" if stem == "plain" else "'") + stem)
+
 
 def test_interrupted_reproduce_is_status_130_and_leaves_no_process(tmp_path):
     arguments = ["reproduce", "--only", "train_single", "--row", "unet", "--seed", "0", "--out", tmp_path, *TINY[2:],
