@@ -453,8 +453,8 @@ def verify(names: tuple, profile: str, out: str | None, sums: bool, claims: bool
     root = Path(out or repo_root())
     if claims:
         return _verify_claims(profile, root, as_json)
-    from covidsev.paper.runner import BAD, count_checks
-    from covidsev.paper.runner import verify as check
+    from covidsev.paper.lineage import BAD, count_checks
+    from covidsev.paper.lineage import verify as check
 
     checks = check(profile, names, root, draw=not sums, report=lambda line: click.echo(line, err=True))
     faults = [each for each in checks if each.status in BAD]
@@ -472,7 +472,7 @@ def verify(names: tuple, profile: str, out: str | None, sums: bool, claims: bool
 @click.argument("name")
 def where(name: str) -> None:
     """Name the notebook and cell that a definition, a table, a figure or a result file comes from."""
-    from covidsev.paper.runner import where as find
+    from covidsev.paper.lineage import where as find
 
     for origin in find(name):
         click.echo(origin)

@@ -572,11 +572,17 @@ def _summary(maps: list, truths: list, table: "pd.DataFrame", settings: dict[str
     return pd.DataFrame({"metric": list(rows), "value": [float(value) for value in rows.values()]})
 
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
+
+
 def _write_evaluation(result: Evaluation, folder: Path) -> None:
-    """summary.csv and per_image.csv in `folder`, which is made if need be; each is whole or not there."""
+    """summary.csv and per_image.csv in `folder`, which is made if need be; each is whole or not there.
+
+    A name that a spreadsheet would run as a formula gets ' in front."""
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "summary.csv", result.summary)
-    write_csv(folder / "per_image.csv", result.per_image)
+    names = [f"'{name}" if name.startswith(_FORMULA) else name for name in result.per_image["id"]]
+    write_csv(folder / "per_image.csv", result.per_image.assign(id=names))
 
 
 def evaluate_folder(pred_dir: str | Path, truth_dir: str | Path, out_dir: str | Path | None = None, *,

@@ -7,8 +7,9 @@ __all__ = ['LOCATIONS', 'PACKAGE', 'LIBRARY', 'MODULE_LEVEL', 'DRAWING', 'Experi
            'is_name', 'check_name', 'Need', 'parse_need', 'needs_of', 'execution_order', 'load_registry', 'code_cells',
            'plain_literals', 'lint_notebook', 'notebook_parameters', 'check_parameters', 'Step', 'Run', 'seeds_of',
            'steps_of', 'needed_steps', 'full_parameters', 'resolve', 'data_folder', 'lone_settings', 'parse_settings',
-           'find_experiment', 'plan_runs', 'library_modules', 'imports_of', 'Part', 'parts_of', 'source_key',
-           'library_key', 'notebook_key', 'uses_pool', 'pool_key', 'data_key', 'cache_parts', 'cache_key', 'why_stale']
+           'find_experiment', 'plan_runs', 'library_modules', 'imports_of', 'Part', 'defined_names', 'parts_of',
+           'source_key', 'library_key', 'notebook_key', 'uses_pool', 'pool_key', 'data_key', 'cache_parts', 'cache_key',
+           'why_stale']
 
 # %% ../../nbs/4_paper/06_experiments.ipynb #cell-002
 import ast
@@ -25,16 +26,18 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core import (ConfigError, NotebookError, check_choice, data_root, repo_root, sha256_bytes,
-                           sha256_file, sha256_json, suggest)
+from ..core import (ConfigError, NotebookError, check_choice, data_root, repo_root,
+                           sha256_bytes, sha256_file, sha256_json, suggest)
 
 # %% ../../nbs/4_paper/06_experiments.ipynb #cell-007
 @dataclass(frozen=True)
 class Experiment:
-    """One notebook of the registry: what it needs first, what it writes, which rows it has, what it claims.
+    """One notebook of the registry: what it needs first, what it writes, which rows it has, what it
+    claims.
 
-    `kind` is "compute" (trains, minutes) or "render" (reads results, seconds). `keeps` names files among its
-    checkpoints that other runs start from; `also` are other names it answers to ("figure3")."""
+    `kind` is "compute" (trains, minutes) or "render" (reads results, seconds). `keeps` names files
+    among its checkpoints that other runs start from; `also` are other names it answers to
+    ("figure3")."""
 
     name: str
     title: str
@@ -50,9 +53,9 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Profile:
-    """How big the runs are: seeds (of some rows another number), rows, the parameters of each experiment, at
-    least how much of what they must have had (`expects`), `jobs` side by side (0: as many as processors),
-    `minutes` a run may take, and whether the code must be `committed`."""
+    """How big the runs are: seeds (of some rows another number), rows, the parameters of each
+    experiment, at least how much of what they must have had (`expects`), `jobs` side by side (0: as
+    many as processors), `minutes` a run may take, and whether the code must be `committed`."""
 
     name: str
     title: str
@@ -85,7 +88,8 @@ class Registry:
         experiments = {name: [each.title, each.claims, self.titles(name)]
                        for name, each in self.experiments.items()}
         claims = self.folder / "claims.toml"
-        return sha256_json([profiles, experiments, sha256_file(claims) if claims.is_file() else ""])[:16]
+        return sha256_json([profiles, experiments, sha256_file(claims) if claims.is_file()
+                            else ""])[:16]
 
 # %% ../../nbs/4_paper/06_experiments.ipynb #cell-009
 def check_keys(where: str, table: dict, allowed: Iterable[str], required: Iterable[str] = (),
@@ -94,25 +98,29 @@ def check_keys(where: str, table: dict, allowed: Iterable[str], required: Iterab
     allowed = list(allowed)
     for key in table:
         if key not in allowed:
-            raise ConfigError(f"{where} has an unknown key {key!r}", file=file, fix=suggest(key, allowed))
+            raise ConfigError(f"{where} has an unknown key {key!r}", file=file,
+                              fix=suggest(key, allowed))
     for key in required:
         if key not in table:
-            raise ConfigError(f"{where} has no {key!r}", file=file, found=", ".join(table) or "nothing",
-                              fix=f"add a line {key} = ...")
+            raise ConfigError(f"{where} has no {key!r}", file=file, found=", ".join(table)
+                              or "nothing", fix=f"add a line {key} = ...")
 
 
 _NAME = re.compile(r"\w[\w.+-]*", re.ASCII)
 
 
 def is_name(text: str) -> bool:
-    """Whether a text, part by part between slashes, can name something below our folders and nothing else."""
+    """Whether a text, part by part between slashes, can name something below our folders and
+    nothing else."""
     return all(_NAME.fullmatch(part) for part in text.split("/"))
 
 
 def check_name(what: str, text: str, file: Path | None = None) -> str:
-    """`text` if it can name a file below our folders; `ConfigError` for "../x", "/x", ".x" and the like."""
+    """`text` if it can name a file below our folders; `ConfigError` for "../x", "/x", ".x" and the
+    like."""
     if not is_name(text):
-        raise ConfigError(f"{what} cannot be the name of a file or folder", file=file, found=repr(text),
+        raise ConfigError(f"{what} cannot be the name of a file or folder", file=file,
+                          found=repr(text),
                           expected="letters, digits and _ . + -; no part begins with a dot")
     return text
 
@@ -123,14 +131,17 @@ def _experiment(name: str, table: dict, file: Path) -> Experiment:
     check_keys(where, table, known, ["title", "notebook", "kind"], file)
     check_choice(f"kind in {where}", table["kind"], ["compute", "render"])
     for row, content in table.get("rows", {}).items():
-        check_keys(f"[experiments.{name}.rows.{row}]", content,
-                   ["title", "parameters", "needs", "control", "expects"], ["title", "parameters"], file)
+        check_keys(f"[experiments.{name}.rows.{row}]", content, ["title", "parameters", "needs",
+                                                                 "control", "expects"],
+                   ["title", "parameters"], file)
     for claim in table.get("claims", []):
         keys = ["text", "row", "than", "metric", "direction"]
-        check_keys(f"a claim of {where}", claim, [*keys, "experiment", "place", "margin"], keys, file)
+        check_keys(f"a claim of {where}", claim, [*keys, "experiment", "place", "margin"], keys,
+                   file)
     for each in [name, *table.get("rows", {}), *table.get("outputs", []), *table.get("keeps", [])]:
         check_name(f"a name in {where}", each, file)
-    lists = {key: tuple(table.get(key, ())) for key in ("also", "needs", "outputs", "keeps", "claims")}
+    lists = {key: tuple(table.get(key, ())) for key in ("also", "needs", "outputs", "keeps",
+                                                        "claims")}
     return Experiment(name, **{**table, **lists, "notebook": file.parent / table["notebook"]})
 
 
@@ -143,7 +154,8 @@ def _profile(name: str, table: dict, file: Path) -> Profile:
 
 # %% ../../nbs/4_paper/06_experiments.ipynb #cell-011
 class Need(NamedTuple):
-    """What a run needs: an experiment, or a row of it with the same seed, a fixed one, or one modulo a number."""
+    """What a run needs: an experiment, or a row of it with the same seed, a fixed one, or one
+    modulo a number."""
 
     experiment: str
     row: str = ""
@@ -152,13 +164,14 @@ class Need(NamedTuple):
 
 
 def parse_need(need: str) -> Need:
-    """A `Need` from "experiment", "experiment/row", "experiment/row@seed" or "experiment/row%modulo";
-    `ConfigError` for anything else."""
+    """A `Need` from "experiment", "experiment/row", "experiment/row@seed" or
+    "experiment/row%modulo"; `ConfigError` for anything else."""
     match = re.fullmatch(r"([^/@%]+)(?:/([^/@%]+)(?:@(\d+)|%([1-9]\d*))?)?", need)
     if not match:
         expected = "experiment, experiment/row, experiment/row@seed or experiment/row%modulo"
         raise ConfigError(f"not a need: {need!r}", expected=expected)
-    return Need(match[1], match[2] or "", *(int(text) if text else None for text in match.groups()[2:]))
+    return Need(match[1], match[2] or "", *(int(text) if text else None
+                                            for text in match.groups()[2:]))
 
 
 def needs_of(experiment: Experiment, row: str) -> list[str]:
@@ -186,8 +199,8 @@ def _check_references(registry: Registry) -> None:
 
 
 def execution_order(registry: Registry) -> list[str]:
-    """Every "experiment/row" (or "experiment" where there are no rows), each after those that it needs;
-    `ConfigError` if they need each other in a circle."""
+    """Every "experiment/row" (or "experiment" where there are no rows), each after those that it
+    needs; `ConfigError` if they need each other in a circle."""
     nodes = {name: [f"{name}/{row}" for row in each.rows] or [name]
              for name, each in registry.experiments.items()}
     graph: dict[str, set[str]] = {}
@@ -199,20 +212,24 @@ def execution_order(registry: Registry) -> list[str]:
     try:
         return list(graphlib.TopologicalSorter(graph).static_order())
     except graphlib.CycleError as error:
-        raise ConfigError("rows need each other in a circle", found=" -> ".join(error.args[1])) from None
+        raise ConfigError("rows need each other in a circle",
+                          found=" -> ".join(error.args[1])) from None
 
 
 def load_registry(path: str | Path | None = None) -> Registry:
-    """The registry in `path` (default: nbs/experiments/experiments.toml of the repository), checked.
+    """The registry in `path` (default: nbs/experiments/experiments.toml of the repository),
+    checked.
 
-    `ConfigError` for a file that is not there or not TOML, for unknown keys, for names that cannot be names of
-    files, and for references to nothing."""
+    `ConfigError` for a file that is not there or not TOML, for unknown keys, for names that cannot
+    be names of files, and for references to nothing."""
     file = Path(path) if path else repo_root() / "nbs" / "experiments" / "experiments.toml"
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError("the registry of experiments cannot be read", file=file, found=error) from None
-    check_keys("the registry", document, ["profiles", "experiments"], ["profiles", "experiments"], file)
+        raise ConfigError("the registry of experiments cannot be read", file=file,
+                          found=error) from None
+    check_keys("the registry", document, ["profiles", "experiments"], ["profiles", "experiments"],
+               file)
     registry = Registry(
         file.parent,
         {name: _profile(name, table, file) for name, table in document["profiles"].items()},
@@ -225,51 +242,55 @@ def load_registry(path: str | Path | None = None) -> Registry:
 LOCATIONS = ("output", "results", "checkpoints", "local", "data_root")
 _FAULTS = {r"^\s*(?:[\w, ]+=\s*)?!|^\s*%%?(?:sh|bash|sx|system|script|cmd)\b":
            "runs a shell command that fails silently; use subprocess.run(check=True)",
-           r"^#\|\s*(?:eval\s*:\s*false|notest|slow|gpu)\b": "has an nbdev directive that papermill ignores"}
+           r"^#\|\s*(?:eval\s*:\s*false|notest|slow|gpu)\b": "has a directive for nbdev alone"}
 
 
 def code_cells(notebook: str | Path) -> list[dict]:
-    """Code cells of a notebook, as dictionaries with `source` (str) and `tags` (list). `NotebookError` if it
-    is none."""
+    """Code cells of a notebook, as dictionaries with `source` (str) and `tags` (list).
+    `NotebookError` if it is none."""
     try:
         cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NotebookError("not a readable notebook", file=notebook,
                             found=f"{type(error).__name__}: {error}") from None
-    return [{**cell, "source": "".join(cell["source"]), "tags": cell.get("metadata", {}).get("tags", [])}
+    return [{**cell, "source": "".join(cell["source"]), "tags": cell.get("metadata",
+                                                                         {}).get("tags", [])}
             for cell in cells if cell["cell_type"] == "code"]
 
 
 def plain_literals(source: str) -> dict[str, Any]:
-    """Name -> value of a cell that holds nothing but `name = literal` lines; `NotebookError` at the first
-    other line."""
+    """Name -> value of a cell that holds nothing but `name = literal` lines; `NotebookError` at the
+    first other line."""
     values = {}
     for node in ast.parse(source).body:
         try:
             name = node.targets[0] if isinstance(node, ast.Assign) else node.target
             values[name.id] = ast.literal_eval(node.value)
         except (AttributeError, ValueError):
-            raise NotebookError("the parameters cell holds more than plain literals", found=ast.unparse(node),
+            raise NotebookError("the parameters cell holds more than plain literals",
+                                found=ast.unparse(node),
                                 fix="derive values in a later cell") from None
     return values
 
 
 def lint_notebook(notebook: str | Path) -> list[str]:
-    """Every reason why this notebook must not be run with parameters; an empty list if there is none."""
+    """Every reason why this notebook must not be run with parameters; an empty list if there is
+    none."""
     cells, faults = code_cells(notebook), []
     tagged = [number for number, cell in enumerate(cells) if "parameters" in cell["tags"]]
     if len(tagged) != 1:
         faults.append(f"{len(tagged)} cells carry the tag `parameters`, one is needed")
     elif tagged[0] != 0:
         faults.append("code stands before the `parameters` cell")
-    return faults + [f"code cell {number} {fault}" for number, cell in enumerate(cells)
-                     for pattern, fault in _FAULTS.items() if re.search(pattern, cell["source"], re.MULTILINE)]
+    return faults + [f"code cell {number} {fault}" for number, cell in enumerate(cells) for pattern,
+                     fault in _FAULTS.items() if re.search(pattern, cell["source"], re.MULTILINE)]
 
 
 def notebook_parameters(notebook: str | Path) -> dict[str, Any]:
     """Name -> default of every parameter of an experiment notebook.
 
-    `NotebookError` listing every fault: no tag or two, code before it, shell lines, anything but literals."""
+    `NotebookError` listing every fault: no tag or two, code before it, shell lines, anything but
+    literals."""
     try:
         stamp = Path(notebook).stat().st_mtime_ns
     except OSError as error:
@@ -279,18 +300,20 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _parameters_at(notebook: Path, stamp: int) -> dict[str, Any]:
-    """`notebook_parameters` of a notebook as it was at one moment: a plan asks once for each run."""
+    """`notebook_parameters` of a notebook as it was at one moment: a plan asks once for each
+    run."""
     faults = lint_notebook(notebook)
     values = {} if faults else plain_literals(code_cells(notebook)[0]["source"])
     if faults or not values:
         raise NotebookError("this notebook cannot be run with parameters", file=notebook,
                             found="; ".join(faults) or "an empty `parameters` cell",
-                            fix="give exactly one first code cell the tag `parameters` (settings.ini keeps it)")
+                            fix="give the first code cell, and no other, the tag `parameters`")
     return values
 
 
 def check_parameters(notebook: str | Path, known: Iterable[str], wanted: Iterable[str]) -> None:
-    """`ConfigError` with a suggestion if `wanted` names a parameter that the notebook does not know."""
+    """`ConfigError` with a suggestion if `wanted` names a parameter that the notebook does not
+    know."""
     known = list(known)
     for name in wanted:
         if name not in known:
@@ -307,17 +330,19 @@ class Step(NamedTuple):
 
     @property
     def name(self) -> str:
-        """`experiment/row-seedK`, or `experiment` where there are no rows: the folder of a run too."""
+        """`experiment/row-seedK`, or `experiment` where there are no rows: the folder of a run
+        too."""
         return f"{self.experiment}/{self.row}-seed{self.seed}" if self.row else self.experiment
 
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of one notebook: experiment x row x seed in a profile, with its full parameters.
+    """One execution of one notebook: experiment x row x seed in a profile, with its full
+    parameters.
 
-    `expects` is how much of what it must have had at least; `wording` is a digest of the titles and claims of
-    the registry, for what prints them (render runs); `minutes` is how long it may take; `allow_dirty` that its
-    code need not be committed."""
+    `expects` is how much of what it must have had at least; `wording` is a digest of the titles and
+    claims of the registry, for what prints them (render runs); `minutes` is how long it may take;
+    `allow_dirty` that its code need not be committed."""
 
     profile: str
     experiment: str
@@ -349,15 +374,17 @@ def seeds_of(registry: Registry, profile: str, experiment: str, row: str) -> tup
 
 def steps_of(registry: Registry, profile: str, experiment: str, rows: Iterable[str] | None = None,
              seeds: Iterable[int] | None = None) -> list[Step]:
-    """Every step of an experiment, seeds outermost: the `rows` and `seeds` that were chosen, else those of the
-    profile; rows of other experiments are left out."""
+    """Every step of an experiment, seeds outermost: the `rows` and `seeds` that were chosen, else
+    those of the profile; rows of other experiments are left out."""
     known = registry.experiments[experiment].rows
     if not known:
         return [Step(experiment)]
-    chosen = [row for row in rows or registry.profiles[profile].rows.get(experiment, []) if row in known]
+    chosen = [row for row in rows or registry.profiles[profile].rows.get(experiment, [])
+              if row in known]
     found = {row: list(seeds or seeds_of(registry, profile, experiment, row)) for row in chosen}
     every = dict.fromkeys(seed for each in found.values() for seed in each)
-    return [Step(experiment, row, seed) for seed in sorted(every) for row in chosen if seed in found[row]]
+    return [Step(experiment, row, seed) for seed in sorted(every) for row in chosen
+            if seed in found[row]]
 
 
 def needed_steps(registry: Registry, profile: str, step: Step) -> list[Step]:
@@ -382,10 +409,11 @@ def _of_profile(table: Mapping[str, dict], experiment: str, row: str) -> tuple[d
 
 def full_parameters(registry: Registry, profile: str, experiment: str, row: str,
                     given: dict) -> dict[str, Any]:
-    """Every parameter of a notebook: its defaults < profile < row < row in this profile < `given`; unknown
-    names are a `ConfigError`."""
+    """Every parameter of a notebook: its defaults < profile < row < row in this profile < `given`;
+    unknown names are a `ConfigError`."""
     each = registry.experiments[experiment]
-    of_row = each.rows[check_choice(f"row of {experiment}", row, each.rows)]["parameters"] if row else {}
+    of_row = each.rows[check_choice(f"row of {experiment}", row,
+                                    each.rows)]["parameters"] if row else {}
     defaults = notebook_parameters(each.notebook)
     general, special = _of_profile(registry.profiles[profile].parameters, experiment, row)
     changed = {**general, **of_row, **special, **given}
@@ -393,36 +421,41 @@ def full_parameters(registry: Registry, profile: str, experiment: str, row: str,
     return {**defaults, **changed}
 
 
-def resolve(registry: Registry, profile: str, experiment: str, row: str = "", seed: int | None = None,
-            overrides: dict[str, Any] | None = None) -> Run:
+def resolve(registry: Registry, profile: str, experiment: str, row: str = "",
+            seed: int | None = None, overrides: dict[str, Any] | None = None) -> Run:
     """The run of `experiment` (and row, seed) in `profile` with its full parameters.
 
-    `overrides` come last; what they change is no longer expected. `ConfigError` with a suggestion for any
-    unknown name."""
+    `overrides` come last; what they change is no longer expected. `ConfigError` with a suggestion
+    for any unknown name."""
     sizes = registry.profiles[check_choice("profile", profile, registry.profiles)]
     each = registry.experiments[check_choice("experiment", experiment, registry.experiments)]
     parameters = full_parameters(registry, profile, experiment, row, overrides or {})
     own = {"profile": profile, "row": row, "seed": seed}
-    settings = {name: own.get(name, value) for name, value in parameters.items() if name not in LOCATIONS}
+    settings = {name: own.get(name, value) for name, value in parameters.items()
+                if name not in LOCATIONS}
     general, special = _of_profile(sizes.expects, experiment, row)
-    expects = {} if overrides else {**general, **each.rows.get(row, {}).get("expects", {}), **special}
-    needs = tuple(need.name for need in needed_steps(registry, profile, Step(experiment, row, seed)))
+    expects = {} if overrides else {**general, **each.rows.get(row, {}).get("expects", {}),
+                                    **special}
+    needs = tuple(need.name for need in needed_steps(registry, profile,
+                                                     Step(experiment, row, seed)))
     wording = registry.wording if each.kind == "render" else ""
-    return Run(profile, experiment, row, seed, each.kind, each.notebook, settings, needs, each.outputs,
-               each.keeps, expects, wording, sizes.minutes)
+    return Run(profile, experiment, row, seed, each.kind, each.notebook, settings, needs,
+               each.outputs, each.keeps, expects, wording, sizes.minutes)
 
 
 def data_folder(data: str | Path | None = None) -> str:
-    """The folder of the real data as an absolute path, "" where there is none; `data` as in `data_root`."""
+    """The folder of the real data as an absolute path, "" where there is none; `data` as in
+    `data_root`."""
     found = data_root(data)
     return str(found.resolve()) if found else ""
 
 
 def lone_settings(profile: str, row: str, seed: int, changes: dict[str, Any], out: str | Path,
                   data: str | Path | None = None) -> dict[str, Any]:
-    """The settings of a row of `train_single` that is trained without the runner: its files go to `out`, its
-    checkpoints below. Errors of `resolve`."""
-    run, folder = resolve(load_registry(), profile, "train_single", row, seed, changes), Path(out).resolve()
+    """The settings of a row of `train_single` that is trained without the runner: its files go to
+    `out`, its checkpoints below. Errors of `resolve`."""
+    run, folder = resolve(load_registry(), profile, "train_single", row, seed,
+                          changes), Path(out).resolve()
     return {**run.parameters, "output": str(folder), "checkpoints": str(folder / "checkpoints"),
             "data_root": data_folder(data)}
 
@@ -431,10 +464,11 @@ _OTHER_SPELLINGS = {"true": "True", "false": "False", "null": "None"}  # as JSON
 
 
 def _value(name: str, text: str) -> Any:
-    """The Python literal that `text` is, or `text`; `ConfigError` for a spelling of another language."""
+    """The Python literal that `text` is, or `text`; `ConfigError` for a spelling of another
+    language."""
     if text in _OTHER_SPELLINGS:
         raise ConfigError("the value of a setting is written as in Python", found=f"{name}={text}",
-                          fix=f"{name}={_OTHER_SPELLINGS[text]}, or {name}={text!r} for the word itself")
+                          fix=f"{name}={_OTHER_SPELLINGS[text]}, or {name}={text!r} for the word")
     try:
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -442,14 +476,16 @@ def _value(name: str, text: str) -> Any:
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
-    """{"epochs": 2, "data": "phantom"} of ["epochs=2", "data=phantom"]; of a name given twice, the last.
+    """{"epochs": 2, "data": "phantom"} of ["epochs=2", "data=phantom"]; of a name given twice, the
+    last.
 
     `ConfigError` for a pair without "=" or without a name, and for `true`, `false`, `null`."""
     settings = {}
     for pair in pairs:
         name, equals, text = (part.strip() for part in pair.partition("="))
         if not equals or not name:
-            raise ConfigError("a setting needs NAME=VALUE", found=repr(pair), fix="for example: epochs=2")
+            raise ConfigError("a setting needs NAME=VALUE", found=repr(pair),
+                              fix="for example: epochs=2")
         settings[name] = _value(name, text)
     return settings
 
@@ -465,13 +501,16 @@ def find_experiment(registry: Registry, name: str) -> str:
 
 def _wanted(registry: Registry, profile: str, step: Step, rows: Iterable[str] | None,
             seeds: Iterable[int] | None) -> list[Step]:
-    """What a step of a request brings along: a table or figure only the rows and seeds that were asked for."""
+    """What a step of a request brings along: a table or figure only the rows and seeds that were
+    asked for."""
     found, each = needed_steps(registry, profile, step), registry.experiments[step.experiment]
     if each.kind == "compute":
         return found
-    chosen = [need for need in found if (not rows or need.row in rows) and (not seeds or need.seed in seeds)]
+    chosen = [need for need in found if (not rows or need.row in rows)
+              and (not seeds or need.seed in seeds)]
     whole = [need for need in each.needs if "/" not in need]
-    return chosen + [other for need in whole for other in steps_of(registry, profile, need, rows, seeds)]
+    return chosen + [other for need in whole for other in steps_of(registry, profile, need, rows,
+                                                                   seeds)]
 
 
 def _requested(registry: Registry, profile: str, asked: Iterable[str], rows: Iterable[str] | None,
@@ -493,7 +532,8 @@ def _requested(registry: Registry, profile: str, asked: Iterable[str], rows: Ite
                 put(need)
         placed[step] = None
 
-    for step in sorted(found, key=lambda s: (place[s.experiment, s.row][0], s.seed or 0, place[s[:2]][1])):
+    for step in sorted(found, key=lambda s: (place[s.experiment, s.row][0], s.seed or 0,
+                                             place[s[:2]][1])):
         step in placed or put(step)
     return list(placed)
 
@@ -501,19 +541,24 @@ def _requested(registry: Registry, profile: str, asked: Iterable[str], rows: Ite
 def plan_runs(registry: Registry, profile: str, only: Iterable[str] | None = None,
               rows: Iterable[str] | None = None, seeds: Iterable[int] | None = None,
               overrides: dict[str, Any] | None = None, with_needs: bool = True) -> list[Run]:
-    """The runs of a request, each after those that it needs. `ConfigError` with a suggestion for any unknown
-    name."""
+    """The runs of a request, each after those that it needs. `ConfigError` with a suggestion for
+    any unknown name."""
     check_choice("profile", profile, registry.profiles)
-    asked = list(dict.fromkeys(find_experiment(registry, name) for name in only or registry.experiments))
+    asked = list(dict.fromkeys(find_experiment(registry, name) for name in only
+                               or registry.experiments))
     for row in rows or []:
-        check_choice("row", row, sorted({row for each in registry.experiments.values() for row in each.rows}))
-    found, overrides = _requested(registry, profile, asked, rows, seeds, with_needs), dict(overrides or {})
+        check_choice("row", row, sorted({row for each in registry.experiments.values()
+                                         for row in each.rows}))
+    found, overrides = _requested(registry, profile, asked, rows, seeds,
+                                  with_needs), dict(overrides or {})
     known = {step.experiment: notebook_parameters(each.notebook) for step in found
              if (each := registry.experiments[step.experiment]).kind == "compute"}
     if overrides:  # a table has no `epochs` to change
-        check_parameters("experiments", {name for names in known.values() for name in names}, overrides)
+        check_parameters("experiments", {name for names in known.values() for name in names},
+                         overrides)
     return [resolve(registry, profile, *step, {name: value for name, value in overrides.items()
-                                               if name in known.get(step.experiment, {})}) for step in found]
+                                               if name in known.get(step.experiment, {})})
+            for step in found]
 
 # %% ../../nbs/4_paper/06_experiments.ipynb #cell-037
 PACKAGE = "covidsev"
@@ -533,9 +578,11 @@ def _base(node: ast.ImportFrom, module: str) -> str:
 
 
 def imports_of(source: str, module: str = "") -> set[tuple[str, str]]:
-    """(module, name) of all that a text imports from this library, anywhere in it; the name is "" for a module.
+    """(module, name) of all that a text imports from this library, anywhere in it; the name is ""
+    for a module.
 
-    module: where the text stands, for relative imports. `ConfigError` for a module that is not there."""
+    module: where the text stands, for relative imports. `ConfigError` for a module that is not
+    there."""
     known, found = library_modules(), set()
     for node in ast.walk(_parse(source)):
         if isinstance(node, ast.Import):
@@ -544,7 +591,8 @@ def imports_of(source: str, module: str = "") -> set[tuple[str, str]]:
             base = _base(node, module)
             full = {alias.name: f"{base}.{alias.name}" for alias in node.names}
             found |= {(path, "") if path in known else (base, name) for name, path in full.items()}
-    ours = {(name, item) for name, item in found if name.partition(".")[0] == PACKAGE and item != "__version__"}
+    ours = {(name, item) for name, item in found if name.partition(".")[0] == PACKAGE
+            and item != "__version__"}
     for name in {name for name, _ in ours} - set(known):
         raise ConfigError(f"no module {name!r} in this library", fix=suggest(name, known))
     return ours
@@ -564,7 +612,8 @@ def _says(node: ast.AST) -> bool:
 
 
 def _without_words(tree: ast.Module) -> ast.Module:
-    """The same tree, changed in place: no docstrings, no texts of errors, no places of our modules."""
+    """The same tree, changed in place: no docstrings, no texts of errors, no places of our
+    modules."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             if ast.get_docstring(node, clean=False) is not None:
@@ -573,13 +622,15 @@ def _without_words(tree: ast.Module) -> ast.Module:
             for each in ast.walk(node):
                 if isinstance(each, ast.Constant) and isinstance(each.value, str):
                     each.value = ""
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith(PACKAGE)):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module
+                                                                or "").startswith(PACKAGE)):
             node.module, node.level = PACKAGE, 0
     return tree
 
 # %% ../../nbs/4_paper/06_experiments.ipynb #cell-039
 class Part(NamedTuple):
-    """A top-level statement: the name it defines ("" for none), a digest of its code, the names it uses."""
+    """A top-level statement: the name it defines ("" for none), a digest of its code, the names it
+    uses."""
 
     name: str
     digest: str
@@ -596,21 +647,22 @@ def _names_used(code: str) -> frozenset[str]:
             found |= {alias.name for alias in node.names}
     while tables:
         table = tables.pop()
-        found |= {symbol.get_name() for symbol in table.get_symbols()
-                  if symbol.is_referenced() and (table.get_type() != "function" or symbol.is_global())}
+        found |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced()
+                  and (table.get_type() != "function" or symbol.is_global())}
         tables += table.get_children()
     return frozenset(found)
 
 
 def _imported(node: ast.ImportFrom | ast.Import) -> list[tuple[str, str]]:
-    """(name, code) of what an import binds, as if it were a definition; what keeps its name in this library is
-    left out."""
+    """(name, code) of what an import binds, as if it were a definition; what keeps its name in this
+    library is left out."""
     base = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-    return [(alias.asname or alias.name.partition(".")[0], (base + alias.name).removeprefix(f"{PACKAGE}."))
-            for alias in node.names if base != f"{PACKAGE}." or alias.asname]
+    return [(alias.asname or alias.name.partition(".")[0],
+             (base + alias.name).removeprefix(f"{PACKAGE}.")) for alias in node.names
+            if base != f"{PACKAGE}." or alias.asname]
 
 
-def _defined(node: ast.stmt) -> list[str]:
+def defined_names(node: ast.stmt) -> list[str]:
     """The names that a statement defines."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
@@ -623,13 +675,14 @@ def _defined(node: ast.stmt) -> list[str]:
 
 @functools.lru_cache(maxsize=128)
 def parts_of(source: str) -> tuple[Part, ...]:
-    """The parts of a text without comments, docstrings, texts of errors, `__all__` and imports for types."""
+    """The parts of a text without comments, docstrings, texts of errors, `__all__` and imports for
+    types."""
     pairs = []
     for node in _without_words(_parse(source)).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             pairs += _imported(node)
         elif not (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")):
-            pairs += [(name, ast.unparse(node)) for name in _defined(node) or [""]]
+            pairs += [(name, ast.unparse(node)) for name in defined_names(node) or [""]]
     return tuple(Part(name, sha256_bytes(code.encode())[:16], _names_used(code))
                  for name, code in pairs if name != "__all__")
 
@@ -646,14 +699,16 @@ def _bound(source: str) -> frozenset[str]:
 
 
 def _reached(source: str, free: Iterable[str]) -> dict[str, str]:
-    """Module -> source of all modules that a text imports, and those that they import; but for the `free`."""
+    """Module -> source of all modules that a text imports, and those that they import; but for the
+    `free`."""
     files, found, waiting = library_modules(), {}, [("", source)]
     while waiting:
         module, text = waiting.pop()
         for other, name in imports_of(text, module):
             code = files[other].read_text(encoding="utf-8")
             if name and name not in _bound(code):
-                raise ConfigError(f"{other} has no {name!r}", file=module or None, fix=suggest(name, _bound(code)))
+                raise ConfigError(f"{other} has no {name!r}", file=module or None,
+                                  fix=suggest(name, _bound(code)))
             if other not in found and other not in free:
                 found[other] = code
                 waiting.append((other, code))
@@ -661,9 +716,11 @@ def _reached(source: str, free: Iterable[str]) -> dict[str, str]:
 
 
 def source_key(source: str, without: Iterable[str] = ()) -> dict[str, str]:
-    """Name -> digest of every definition of this library that a text reaches by name, wherever it stands.
+    """Name -> digest of every definition of this library that a text reaches by name, wherever it
+    stands.
 
-    `without` names modules that count for nothing. `ConfigError` for an import of what is not there."""
+    `without` names modules that count for nothing. `ConfigError` for an import of what is not
+    there."""
     pool: dict[str, list[Part]] = {}
     for text in _reached(source, set(without)).values():
         for part in parts_of(text):
@@ -693,21 +750,24 @@ def notebook_key(notebook: str | Path) -> str:
 
 def uses_pool(parameters: Mapping[str, Any]) -> bool:
     """Whether a run with these parameters reads the unlabelled slices."""
-    return parameters.get("images") == "unlabelled" or bool({"source", "n_unlabelled"} & set(parameters))
+    return parameters.get("images") == "unlabelled" or bool({"source", "n_unlabelled"}
+                                                            & set(parameters))
 
 
 def pool_key(data: str = "") -> str:
-    """Hash of the names and sizes of the unlabelled slices and of all that lies in folders beside theirs."""
+    """Hash of the names and sizes of the unlabelled slices and of all that lies in folders beside
+    theirs."""
     from covidsev.data.datasets import load_unlabelled
 
     folder = load_unlabelled(data or None).paths[0].parents[1]
     files = [path for path in sorted(folder.glob("*/*")) if path.is_file()]
-    return sha256_json([[path.relative_to(folder).as_posix(), path.stat().st_size] for path in files])
+    return sha256_json([[path.relative_to(folder).as_posix(), path.stat().st_size]
+                        for path in files])
 
 
 def data_key(parameters: Mapping[str, Any], data: str = "") -> dict[str, str]:
-    """Split -> content hash of the real slices that a run reads, and `pool` where it reads the unlabelled
-    ones; empty for the phantom and for notebooks without data.
+    """Split -> content hash of the real slices that a run reads, and `pool` where it reads the
+    unlabelled ones; empty for the phantom and for notebooks without data.
 
     `DataMissingError` with the command that fetches them."""
     if parameters.get("data", "phantom") == "phantom":
@@ -722,11 +782,12 @@ def data_key(parameters: Mapping[str, Any], data: str = "") -> dict[str, str]:
 
 
 def cache_parts(run: Run, data: Mapping[str, str], needs: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that decides the result of a run: parameters, notebook, library, data, and the keys of what
-    it needs; for a table or figure also what the registry says."""
+    """Everything that decides the result of a run: parameters, notebook, library, data, and the
+    keys of what it needs; for a table or figure also what the registry says."""
     words = {"registry": {"titles and claims": run.wording}} if run.wording else {}
-    return {"parameters": run.parameters, "notebook": {run.notebook.name: notebook_key(run.notebook)},
-            "code": library_key(run), "data": dict(data), "needs": dict(needs), **words}
+    return {"parameters": run.parameters,
+            "notebook": {run.notebook.name: notebook_key(run.notebook)}, "code": library_key(run),
+            "data": dict(data), "needs": dict(needs), **words}
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
@@ -741,7 +802,8 @@ def _difference(name: str, old: Any, new: Any) -> str:
     """What became of one entry; `...` stands for one that was or is not there."""
     if old is ... or new is ...:
         return f"{name} is new" if old is ... else f"{name} is gone"
-    if any(isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,64}", value) for value in (old, new)):
+    if any(isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,64}", value)
+           for value in (old, new)):
         return f"{name} changed"
     return f"{name}: {json.dumps(old, sort_keys=True)} -> {json.dumps(new, sort_keys=True)}"
 
