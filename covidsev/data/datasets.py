@@ -319,7 +319,7 @@ def load_phantom(split: str, n: int, size: int, seed: int = 0) -> SliceSet:
                     [phantom.labels for _, phantom in patients],
                     [f"phantom:{split}:{patient}" for patient, _ in patients])
 
-# %% ../../nbs/1_data/03_datasets.ipynb #cb9d8fa8
+# %% ../../nbs/1_data/03_datasets.ipynb #3887ba76
 class Splits(NamedTuple):
     """The three sets of an experiment."""
 
@@ -362,8 +362,8 @@ def group_folds(slices: SliceSet, k: int, seed: int) -> list[list[int]]:
     """Indices of the slices in `k` folds of whole groups, about equal in number and in infected share.
 
     Large groups are dealt first, then the others from the most infected down, `k` at a time in an order drawn
-    with `seed`; each goes to the fold that has the fewest slices, then the smallest share. `ConfigError` for
-    fewer groups than k."""
+    with `seed`; each goes to the least infected fold that has room for it. `ConfigError` for fewer groups
+    than k."""
     members: dict[str, list[int]] = {}
     for index, group in enumerate(slices.groups):
         members.setdefault(group, []).append(index)
@@ -376,7 +376,8 @@ def group_folds(slices: SliceSet, k: int, seed: int) -> list[list[int]]:
     order = [int(one) for start in range(0, len(groups), k) for one in rng.permutation(ranked[start:start + k])]
     folds, infected = [[] for _ in range(k)], [0.0] * k
     for number in sorted(order, key=lambda number: -len(groups[number])):
-        chosen = min(range(k), key=lambda fold: (len(folds[fold]), infected[fold]))
+        room = [fold for fold in range(k) if len(folds[fold]) + len(groups[number]) <= -(-len(slices) // k)]
+        chosen = min(room or range(k), key=lambda fold: (infected[fold], len(folds[fold])))
         folds[chosen] += groups[number]
         infected[chosen] += len(groups[number]) * share[number]
     return [sorted(fold) for fold in folds]
