@@ -304,6 +304,72 @@ def test_the_lock_is_freed_by_an_error_and_survives_a_damaged_file(tmp_path):
                 raise AssertionError("two writers")
 
 
+# --- folders
+
+FILL = """
+    import sys
+    from covidsev.core import publish_folder, run_lock, write_text
+    folder = sys.stdin.readline().strip()
+    with run_lock(folder):
+        for k in range(10**6):
+            with publish_folder(folder) as part:
+                for name in "abcde":
+                    write_text(part / name, f"{k}" * 1000)
+            if k == 0:
+                print("started", flush=True)
+"""
+
+
+def test_sigkill_at_any_moment_leaves_a_whole_folder(tmp_path):
+    """Five files of one round each: after a kill and the next start they are there, of one round, and nothing else is."""
+    for trial in range(8):
+        process = python(FILL)
+        process.stdin.write(f"{tmp_path / 'run'}\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "started\n", process.stderr.read()
+        time.sleep(0.004 * trial)
+        process.kill()
+        process.wait(30)
+        with core.run_lock(tmp_path / "run"):
+            core.recover_folder(tmp_path / "run")
+        texts = {(tmp_path / "run" / name).read_text() for name in "abcde"}
+        assert len(texts) == 1 and names(tmp_path) == ["run"] and names(tmp_path / "run") == [".lock", *"abcde"]
+
+
+def test_a_killed_change_of_places_is_undone_under_a_new_lock(tmp_path):
+    with core.publish_folder(tmp_path / "run") as part:
+        core.write_text(part / "a", "good")
+    (tmp_path / "run").rename(tmp_path / ".run.old")
+    with core.run_lock(tmp_path / "run"):
+        with pytest.raises(OSError, match="No space"), core.publish_folder(tmp_path / "run") as part:
+            raise OSError(errno.ENOSPC, "No space left on device", str(part / "b"))
+        with pytest.raises(RunLockedError), core.run_lock(tmp_path / "run"):
+            raise AssertionError("two writers")
+    assert (tmp_path / "run" / "a").read_text() == "good" and names(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("fault", ["write", "sync", "rename"])
+def test_files_of_several_folders_are_published_together_or_not_at_all(tmp_path, monkeypatch, fault):
+    targets = [tmp_path / "tables/a.csv", tmp_path / "figures/b.svg", tmp_path / "run.json"]
+    for path in (targets[0], tmp_path / "new"):
+        core.write_text(path, "old" if path in targets else "new")
+    if fault == "rename":
+        targets[1].mkdir(parents=True)  # a folder in the way
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if fault == "sync":
+            patch.setattr(core.os, "fsync", full)
+        files = {path: tmp_path / ("absent" if fault == "write" and path == targets[2] else "new") for path in targets}
+        with pytest.raises(OSError) as caught:
+            core.publish_files(files)
+    assert str(caught.value.filename) in map(str, targets)
+    assert targets[0].read_text() == "old" and not targets[2].exists()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 # --- environment
 
 def test_environment_is_complete_anonymous_and_the_same_twice():
