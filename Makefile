@@ -53,7 +53,7 @@ render: $(STAMP) ## draw tables and figures again from results that are there: P
 README ?= README.md
 readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	@$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --stdout nbs/index.ipynb \
-	  | sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9][0-9a-z_/]*\.ipynb|experiments)\)#](nbs/\1)#g' | cat -s > $(README)
+	  | sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9a-z_/]+\.ipynb|experiments)\)#](nbs/\1)#g' | cat -s > $(README)
 
 # What README and the site show, from the results that are here; docs/pictures.txt says which.
 pictures: $(STAMP) ## copy the pictures that README shows from figures/ and results/ to docs/
