@@ -435,7 +435,7 @@ def _verify_claims(profile: str, root: Path, as_json: bool) -> int:
     """Prints the register of claims; a claim that fails is an answer, not a fault, so that the status is 0."""
     from covidsev.paper.claims import claims_table, register
 
-    found = register(profile, root)
+    found = register(profile, Path(root) / "results" / profile if root else "")
     click.echo(found.to_json(orient="records", indent=1) if as_json else claims_table(found))
     return 0
 
@@ -445,7 +445,7 @@ def _verify_claims(profile: str, root: Path, as_json: bool) -> int:
 @_PROFILE
 @_OUT
 @click.option("--sums", is_flag=True, help="Only checksums: draw nothing again.")
-@click.option("--claims", is_flag=True, help="Print each claim of the drafts with PASS, FAIL or NOT TESTED.")
+@click.option("--claims", is_flag=True, help="Print each statement of the drafts with its outcome.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def verify(names: tuple, profile: str, out: str | None, sums: bool, claims: bool, as_json: bool) -> int:
     """Check the files of a profile by checksum, and its tables and figures (all, or NAMES) by drawing them again;
