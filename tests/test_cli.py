@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from covidsev.cli import main, run_cleanly
 from covidsev.core import CheckpointError, ConfigError, NonFiniteError, RunLockedError
 from covidsev.core import run_lock
+from covidsev.severity.inputs import TASKS, Options
 
 COMMAND = [sys.executable, "-c", "from covidsev.cli import main; main()"]
 TINY = ["--set", "epochs=1", "--set", "size=32", "--set", "n_train=4", "--set", "n_test=2", "--set", "val_slices=2",
@@ -33,6 +35,34 @@ def test_info_is_quick_and_loads_nothing_heavy():
     assert done.stderr.strip() == ""
     facts = json.loads(done.stdout)
     assert facts["packages"]["torch"] and set(facts["profiles"]) == {"smoke", "cpu", "paper"}
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ("severity /nothere -o {}/out", "No such file or directory"), ("segment {}/fifo -o {}/out", "not a regular file"),
+    ("severity {} --window 7 -o {}/out", "two numbers are needed"), ("severity {} --pictures stak -o {}/out", "did you mean 'stack'"),
+    ("severity {} --weights {}/fifo -o {}/out", "not a regular file"), ("severity {} --weights /dev/zero -o {}/out", "not a regular file"),
+    ("severity {}/loop -o {}/out", "check the path"), ("severity {} -o {}/file", "is a file"),
+    ("evaluate --pred /nothere --truth {}", "does not exist"), ("export /nothere -o {}", "does not exist"),
+    ("reproduce --profile smoek", "did you mean 'smoke'"), ("train --row unett --out {}", "did you mean 'unet'"), ("bench step", "unknown benchmark")])
+def test_what_is_wrong_with_the_words_is_said_before_anything_heavy_is_loaded(arguments, said, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    code = ("import sys; from covidsev.cli import main, run_cleanly; sys.argv[0] = 'covidsev'\ntry:\n    main()\nfinally:\n"
+            "    print('loaded:', *sorted({'torch', 'pandas', 'matplotlib', 'scipy'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code, *arguments.format(*[tmp_path] * 3).split()], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.strip() == "loaded:" and not (tmp_path / "out").exists()
+
+
+def test_the_command_has_every_option_and_the_class_too():
+    """One list: `Options`; the help shows it in its groups."""
+    text = call("severity", "--help")[1]
+    for each in fields(Options):
+        if each.metadata:
+            assert f"--{each.name.replace('_', '-')} " in text and f"{each.metadata['group']}:" in text
+            assert (f"--{each.name.replace('_', '-')} " in call("segment", "--help")[1]) == ("segment" in each.metadata.get("tasks", TASKS))
 
 
 def test_console_script_is_installed():

@@ -118,6 +118,7 @@ def test_every_option_reaches_the_library(clinic, tmp_path, monkeypatch):
         return cases.Batch("id", [], [])
 
     monkeypatch.setattr(cases, "process_cases", record)
+    monkeypatch.setattr("covidsev.severity.inputs.list_cases", lambda *_: [])
     words = {"--window": "-600,1500", "--hu-offset": "-1024", "--assume-orientation": "LPS", "--nan-fill": "-1024",
              "--volume": "2", "--first-slice": "bottom", "--pictures": "slices", "--picture-axes": "LP",
              "--lungs": "l", "--lobes": "o",
