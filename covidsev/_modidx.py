@@ -262,8 +262,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                        'covidsev.data.phantom._tube': ('1_data/phantom.html#_tube', 'covidsev/data/phantom.py'),
                                        'covidsev.data.phantom._vertebra': ('1_data/phantom.html#_vertebra', 'covidsev/data/phantom.py'),
                                        'covidsev.data.phantom.bisect_tree': ('1_data/phantom.html#bisect_tree', 'covidsev/data/phantom.py'),
-                                       'covidsev.data.phantom.crop_to_lungs': ( '1_data/phantom.html#crop_to_lungs',
-                                                                                'covidsev/data/phantom.py'),
                                        'covidsev.data.phantom.demo_slice': ('1_data/phantom.html#demo_slice', 'covidsev/data/phantom.py'),
                                        'covidsev.data.phantom.draw_anatomy': ( '1_data/phantom.html#draw_anatomy',
                                                                                'covidsev/data/phantom.py'),

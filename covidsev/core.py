@@ -38,7 +38,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for readers and editors only: at run time these are imported inside the functions
+# for readers and editors only: at run time these are imported inside the functions
+if TYPE_CHECKING:
     import pandas
     import torch
     from tqdm import tqdm
@@ -57,20 +58,24 @@ MAX_ARCHIVE_MEMBERS = 100_000  # files and folders in one archive
 # %% ../nbs/00_core.ipynb #c09d0a48
 def _message(what: str, answers: dict[str, Any]) -> str:
     """`what` and one indented line for each answer that is there."""
-    return "\n  ".join([what, *(f"{name}: {value}" for name, value in answers.items() if value is not None)])
+    return "\n  ".join([what, *(f"{name}: {value}" for name, value in answers.items() if value is
+                                not None)])
 
 
 class CovidSevError(ValueError):
-    """Any error this library raises on purpose: what is wrong, in which file, found and expected, what to do.
+    """Any error this library raises on purpose: what is wrong, in which file, found and expected,
+    what to do.
 
-    `str(error)` has one line for each answer that was given. `exit_code` is the process exit status."""
+    `str(error)` has one line for each answer that was given. `exit_code` is the process exit
+    status."""
 
     exit_code = 1
 
     def __init__(self, what: str, *, file: Any = None, found: Any = None, expected: Any = None,
                  fix: str | None = None):
         self.what, self.file, self.found, self.expected, self.fix = what, file, found, expected, fix
-        super().__init__(_message(what, {"file": file, "found": found, "expected": expected, "do": fix}))
+        super().__init__(_message(what, {"file": file, "found": found, "expected": expected, "do":
+                                         fix}))
 
 # %% ../nbs/00_core.ipynb #63a46d57
 class ReadError(CovidSevError):
@@ -149,8 +154,9 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     choices = list(choices)
     if value in choices:
         return value
-    raise ConfigError(f"unknown {name} {value!r}", expected=f"one of {', '.join(map(str, choices))}",
-                      fix=suggest(value, choices))
+    raise ConfigError(f"unknown {name} {value!r}",
+                      expected=f"one of {', '.join(map(str, choices))}", fix=suggest(value,
+                                                                                     choices))
 
 # %% ../nbs/00_core.ipynb #3c3a96bf
 def _is_repository(folder: Path) -> bool:
@@ -166,22 +172,24 @@ def _is_repository(folder: Path) -> bool:
 def repo_root(start: str | Path | None = None) -> Path:
     """The repository: the folder whose settings.ini names covidsev.
 
-    Looked for from `start` upwards; without `start` from the working folder upwards, then beside the package.
-    `ConfigError` if there is none."""
+    Looked for from `start` upwards; without `start` from the working folder upwards, then beside
+    the package. `ConfigError` if there is none."""
     first = Path(start or Path.cwd()).resolve()
     package = importlib.util.find_spec("covidsev")
     beside_package = [Path(package.origin).resolve().parents[1]] if package and not start else []
     for folder in [first, *first.parents, *beside_package]:
         if _is_repository(folder):
             return folder
-    raise ConfigError("not inside the covidsev repository", found=first,
-                      expected="a settings.ini with lib_name = covidsev",
-                      fix="change to the folder that you cloned, or install it with: pip install -e .")
+    raise ConfigError(
+        "not inside the covidsev repository", found=first,
+        expected="a settings.ini with lib_name = covidsev",
+        fix="change to the folder that you cloned, or install it with: pip install -e .")
 
 # %% ../nbs/00_core.ipynb #708cd6d2
 def _named_folder(text: str | Path, origin: str) -> Path:
     """The folder that a user named, without stray quotes; `ConfigError` if it is not a folder."""
-    folder = Path(str(text).strip().strip("\"'")).expanduser().absolute()  # notebooks run in other folders
+    # notebooks run in other folders
+    folder = Path(str(text).strip().strip("\"'")).expanduser().absolute()
     if not folder.is_dir():
         raise ConfigError(f"{origin} is not a folder", file=folder,
                           found="a file" if folder.exists() else "nothing there",
@@ -193,8 +201,8 @@ def _named_folder(text: str | Path, origin: str) -> Path:
 def data_root(explicit: str | Path | None = None) -> Path | None:
     """The folder of the real data sets, or None where there is none.
 
-    `explicit`, then the environment variable COVIDSEV_DATA, then `data/` in the repository if it exists.
-    `ConfigError` if one of the first two is given and is not a folder."""
+    `explicit`, then the environment variable COVIDSEV_DATA, then `data/` in the repository if it
+    exists. `ConfigError` if one of the first two is given and is not a folder."""
     if explicit is not None:
         return _named_folder(explicit, "--data-root")
     if os.environ.get("COVIDSEV_DATA", "").strip():
@@ -207,17 +215,20 @@ def data_root(explicit: str | Path | None = None) -> Path | None:
 
 # %% ../nbs/00_core.ipynb #7ebd476a
 def is_quiet() -> bool:
-    """Whether progress bars are off: CI or COVIDSEV_QUIET is set to anything but nothing, 0, false or no."""
+    """Whether progress bars are off: CI or COVIDSEV_QUIET is set to anything but nothing, 0, false
+    or no."""
     values = (os.environ.get(name, "").strip().lower() for name in ("CI", "COVIDSEV_QUIET"))
     return any(value not in {"", "0", "false", "no"} for value in values)
 
 
-def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it",
-             leave: bool = False) -> "tqdm":
-    """A text progress bar over `iterable` (or driven by hand with `.update()`), silent where `is_quiet()`."""
+def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit:
+             str = "it", leave: bool = False) -> "tqdm":
+    """A text progress bar over `iterable` (or driven by hand with `.update()`), silent where
+    `is_quiet()`."""
     from tqdm import tqdm
 
-    return tqdm(iterable, total=total, desc=desc, unit=unit, leave=leave, disable=is_quiet(), mininterval=1.0)
+    return tqdm(iterable, total=total, desc=desc, unit=unit, leave=leave, disable=is_quiet(),
+                mininterval=1.0)
 
 # %% ../nbs/00_core.ipynb #17742a20
 def resolve_device(name: str = "auto") -> "torch.device":
@@ -230,8 +241,8 @@ def resolve_device(name: str = "auto") -> "torch.device":
     check_choice("device", kind, ["auto", "cpu", "cuda"])
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and (index or "0") not in map(str, range(count)):
-        raise ConfigError(f"device {name!r} was asked for and is not there", found=f"{count} CUDA devices",
-                          expected="one that torch can use",
+        raise ConfigError(f"device {name!r} was asked for and is not there",
+                          found=f"{count} CUDA devices", expected="one that torch can use",
                           fix="run with `--device cpu`, or with `--device auto`")
     if kind == "auto":
         return torch.device("cuda" if count else "cpu")
@@ -239,7 +250,8 @@ def resolve_device(name: str = "auto") -> "torch.device":
 
 # %% ../nbs/00_core.ipynb #d0095eea
 def cpu_instructions(cpuinfo: str | Path = "/proc/cpuinfo") -> list[str]:
-    """Which of avx2, avx512f, avx512_bf16 and amx_bf16 the processor has; empty where Linux does not say."""
+    """Which of avx2, avx512f, avx512_bf16 and amx_bf16 the processor has; empty where Linux does
+    not say."""
     try:
         flags = set(Path(cpuinfo).read_text().split())
     except OSError:
@@ -248,7 +260,8 @@ def cpu_instructions(cpuinfo: str | Path = "/proc/cpuinfo") -> list[str]:
 
 
 def has_bfloat16(device: "torch.device | str" = "cpu") -> bool:
-    """Whether `device` multiplies bfloat16 itself: a GPU that can, or a processor with AMX or AVX512-BF16."""
+    """Whether `device` multiplies bfloat16 itself: a GPU that can, or a processor with AMX or
+    AVX512-BF16."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -257,12 +270,13 @@ def has_bfloat16(device: "torch.device | str" = "cpu") -> bool:
 
 
 def resolve_precision(name: str = "auto", device: "torch.device | str" = "cpu") -> str:
-    """"float32" or "bfloat16" for "auto" (bfloat16 where `device` has it) or for either of the two by name.
+    """"float32" or "bfloat16" for "auto" (bfloat16 where `device` has it) or for either of the two
+    by name.
 
     bfloat16 by name is honoured where it must be emulated too, with a warning: it is slow there."""
     check_choice("precision", name, ["auto", "float32", "bfloat16"])
     if name == "bfloat16" and not has_bfloat16(device):
-        warnings.warn(f"{device} has no bfloat16 instructions: this will be slower than `--precision float32`",
+        warnings.warn(f"{device} has no bfloat16 instructions: slower than `--precision float32`",
                       stacklevel=2)
     return ("bfloat16" if has_bfloat16(device) else "float32") if name == "auto" else name
 
@@ -286,7 +300,8 @@ def set_threads(n: int) -> None:
 
 
 def seed_everything(seed: int, *, threads: int | None = None) -> "torch.Generator":
-    """Seeds Python and torch (CPU and CUDA), asks for deterministic kernels on the CPU, fixes `threads` if given.
+    """Seeds Python and torch (CPU and CUDA), asks for deterministic kernels on the CPU, fixes
+    `threads` if given.
 
     Returns a fresh CPU generator with the same seed, for the caller's own draws."""
     import torch
@@ -295,7 +310,8 @@ def seed_everything(seed: int, *, threads: int | None = None) -> "torch.Generato
         set_threads(threads)
     random.seed(seed)
     torch.manual_seed(seed)  # seeds every CUDA device too
-    torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)  # ten times slower there
+    # ten times slower there
+    torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.backends.cudnn.benchmark = False
     return torch.Generator().manual_seed(seed)
@@ -328,13 +344,15 @@ def as_json(value: Any) -> Any:
         return as_json(dataclasses.asdict(value))
     if isinstance(value, os.PathLike):
         return Path(value).as_posix()
-    if hasattr(value, "tolist"):  # a numpy scalar or array, or a torch tensor: all without importing either
+    # a numpy scalar or array, or a torch tensor: all without importing either
+    if hasattr(value, "tolist"):
         return as_json(value.tolist())
     raise TypeError(f"cannot write {type(value).__name__} as JSON: {value!r}")
 
 
 def sha256_json(value: Any) -> str:
-    """The SHA-256 of `value` in canonical JSON: the same for any order of keys, for numpy or plain."""
+    """The SHA-256 of `value` in canonical JSON: the same for any order of keys, for numpy or
+    plain."""
     text = json.dumps(as_json(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return sha256_bytes(text.encode())
 
@@ -368,8 +386,8 @@ def _named_error(error: OSError, path: Path, temporary: Path) -> OSError:
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """A file object whose content appears at `path` whole, at the end, or not at all.
 
-    `mode` is "wb" or "w" (UTF-8, line ends as written). Folders are made. On any error the old file is intact
-    and the temporary one is gone; an OSError names `path`."""
+    `mode` is "wb" or "w" (UTF-8, line ends as written). Folders are made. On any error the old file
+    is intact and the temporary one is gone; an OSError names `path`."""
     path = Path(os.path.realpath(path))  # a link stays a link: what it points at is replaced
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file, so it is not replaced", str(path))
@@ -377,7 +395,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     file = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(temporary, "xb") if mode == "wb" else open(temporary, "x", encoding="utf-8", newline="")
+        file = open(temporary, "xb") if mode == "wb" else open(temporary, "x", encoding="utf-8",
+                                                               newline="")
         yield file
         _write_then_rename(file, temporary, path)
     except OSError as error:
@@ -403,7 +422,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` to `path` atomically as sorted JSON; numpy is cast, NaN and infinity become null."""
+    """Writes `value` to `path` atomically as sorted JSON; numpy is cast, NaN and infinity become
+    null."""
     text = json.dumps(as_json(value), sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
     write_text(path, text + "\n")
 
@@ -418,7 +438,8 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_csv(path: str | Path, frame: "pandas.DataFrame") -> None:
-    """Writes a table to `path` atomically, without its index; each float with the digits that identify it."""
+    """Writes a table to `path` atomically, without its index; each float with the digits that
+    identify it."""
     import pandas
 
     write_text(path, pandas.DataFrame(frame).to_csv(index=False, lineterminator="\n"))
@@ -447,18 +468,21 @@ def _loaded_device() -> tuple[int | None, str | None]:
     if torch is None:
         asked = os.environ.get("OMP_NUM_THREADS", "")
         return int(asked) if asked.isdigit() else None, None
-    return torch.get_num_threads(), torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    return torch.get_num_threads(
+        ), torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
 
 
 def _instruction_set() -> str:
-    """What the processor has and what torch, if it is loaded, chose of it: "AVX512 of avx2 avx512f amx_bf16"."""
+    """What the processor has and what torch, if it is loaded, chose of it: "AVX512 of avx2 avx512f
+    amx_bf16"."""
     torch = sys.modules.get("torch")
     chosen = [torch.backends.cpu.get_cpu_capability(), "of"] if torch else []
     return " ".join(chosen + (cpu_instructions() or ["unknown"]))
 
 
 def _package_file() -> str:
-    """The file of this package, relative to the repository where it stands inside, else with ~ for the home."""
+    """The file of this package, relative to the repository where it stands inside, else with ~ for
+    the home."""
     file = Path(importlib.util.find_spec("covidsev").origin).resolve()
     with suppress(ValueError):
         return file.relative_to(repo_root()).as_posix()
@@ -468,19 +492,22 @@ def _package_file() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What results are computed with: python, platform, instruction set, threads, device, the file of this
-    package, versions of the required packages.
+    """What results are computed with: python, platform, instruction set, threads, device, the file
+    of this package, versions of the required packages.
 
-    Holds no name of a host or user, and no path above the repository: equal runs write equal files."""
+    Holds no name of a host or user, and no path above the repository: equal runs write equal
+    files."""
     threads, device = _loaded_device()
-    return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
-            "instruction_set": _instruction_set(), "threads": threads, "device": device, "package": _package_file(),
-            "packages": {name: _installed_version(name) for name in _required_packages()}}
+    return {
+        "python": platform.python_version(), "platform":
+        f"{platform.system()} {platform.machine()}", "instruction_set": _instruction_set(),
+        "threads": threads, "device": device, "package": _package_file(), "packages": {name:
+        _installed_version(name) for name in _required_packages()}}
 
 
 def _git(root: Path, *arguments: str) -> str | None:
     """What a git command prints, or None where it fails or git is missing."""
-    # inside a git hook these name another repository; and asking for the status must not write to the index
+    # inside a git hook these name another repository; asking must not write to the index
     away = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"}
     environ = {key: value for key, value in os.environ.items() if key not in away}
     environ["GIT_OPTIONAL_LOCKS"] = "0"
@@ -491,7 +518,8 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def git_commit(root: str | Path | None = None) -> str | None:
-    """The short commit hash, with "-dirty" if tracked files outside results/ and figures/ have changed.
+    """The short commit hash, with "-dirty" if tracked files outside results/ and figures/ have
+    changed.
 
     None outside a repository, before the first commit, or without git."""
     try:
@@ -515,10 +543,11 @@ def _holder(file: IO) -> str:
 
 @contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
-    """Holds the only right to write in `folder`; `RunLockedError` with process and host if another holds it.
+    """Holds the only right to write in `folder`; `RunLockedError` with process and host if another
+    holds it.
 
-    The lock of a killed process is free at once, and its unfinished files are removed. The folder is made if
-    it is not there; its `.lock` is empty while nobody writes."""
+    The lock of a killed process is free at once, and its unfinished files are removed. The folder
+    is made if it is not there; its `.lock` is empty while nobody writes."""
     import fcntl
 
     path = Path(folder) / ".lock"
@@ -537,7 +566,8 @@ def run_lock(folder: str | Path) -> Iterator[None]:
             file.flush()
             yield
         finally:
-            file.truncate(0)  # the file stays: removed, two later runs would lock two different files
+            # the file stays: removed, two later runs would lock two different files
+            file.truncate(0)
 
 # %% ../nbs/00_core.ipynb #7dfdce95
 def _beside(path: Path, kind: str) -> Path:
@@ -548,7 +578,8 @@ def _beside(path: Path, kind: str) -> Path:
 def recover_folder(folder: Path) -> None:
     """Brings back what a killed process had put aside, and removes what it had not finished."""
     old = _beside(folder, "old")
-    if old.exists() and (not folder.exists() or {path.name for path in folder.iterdir()} <= {".lock"}):
+    if old.exists() and (not folder.exists() or {path.name for path in folder.iterdir()} <=
+                         {".lock"}):
         if folder.exists():  # made by `run_lock` since: our own lock goes along
             (folder / ".lock").rename(old / ".lock")
             folder.rmdir()
@@ -575,10 +606,12 @@ def _change_places(part: Path, folder: Path) -> None:
 
 @contextmanager
 def publish_folder(folder: str | Path) -> Iterator[Path]:
-    """A new, empty folder to fill; at the end it takes the place of `folder`, as a whole or not at all.
+    """A new, empty folder to fill; at the end it takes the place of `folder`, as a whole or not at
+    all.
 
-    On any error the old content stays and nothing else does. The caller holds `run_lock` of `folder` or of one
-    above. `OSError` names the file in its final place, as in "No space left on device: results/run/metrics.csv"."""
+    On any error the old content stays and nothing else does. The caller holds `run_lock` of
+    `folder` or of one above. `OSError` names the file in its final place, as in "No space left on
+    device: results/run/metrics.csv"."""
     folder = Path(os.path.realpath(folder))
     part = _beside(folder, "partial")
     if folder.exists() and not folder.is_dir():
@@ -598,8 +631,8 @@ def publish_folder(folder: str | Path) -> Iterator[Path]:
 def publish_files(files: Mapping[Path, Path]) -> None:
     """Copies files (target -> source) into folders that others use too: all of them or none.
 
-    All are written beside their targets first and then renamed in this order, so put the record of the rest
-    last. `OSError` names the target."""
+    All are written beside their targets first and then renamed in this order, so put the record of
+    the rest last. `OSError` names the target."""
     parts = {_beside(Path(os.path.realpath(target)), "partial"): target for target in files}
     for target in files:
         if Path(target).exists() and not Path(target).is_file():

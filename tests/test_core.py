@@ -176,8 +176,9 @@ def test_seed_everything_fixes_all_the_draws_and_returns_its_own_generator():
 
 
 def test_seeds_give_the_same_bits_in_another_process_whatever_the_hash_seed():
-    code = ("from covidsev.core import seed_everything; import torch, random; g = seed_everything(3, threads=1);"
-            "drawn = [torch.nn.Conv2d(1, 2, 3).weight.sum().item(), torch.rand(2, generator=g).tolist(), random.random()]")
+    code = (
+        "from covidsev.core import seed_everything; import torch, random; g = seed_everything(3, threads=1);"
+        "drawn = [torch.nn.Conv2d(1, 2, 3).weight.sum().item(), torch.rand(2, generator=g).tolist(), random.random()]")
     here: dict = {}
     exec(code, here)
     other = python(code + "; print(drawn)", PYTHONHASHSEED="7")

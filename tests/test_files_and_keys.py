@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from covidsev import core
 from covidsev.core import ConfigError, RunLockedError
 
-PLAIN = st.none() | st.booleans() | st.integers(-10**6, 10**6) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
+PLAIN = st.none() | st.booleans() | st.integers(-10**6, 10**6) | st.floats(allow_nan=False,
+                                                                           allow_infinity=False) | st.text(max_size=8)
 SETTINGS = st.dictionaries(st.text(alphabet="abcxyz_", min_size=1, max_size=6), PLAIN, max_size=5)
 
 
@@ -182,7 +183,8 @@ def test_file_size_limit_in_a_real_process(tmp_path):
                 print(type(error).__name__, error.errno, error.filename)
     """)
     out, error = process.communicate(f"{tmp_path}\n", timeout=60)
-    assert out.splitlines() == [f"OSError {errno.EFBIG} {tmp_path / name}" for name in ("x.bin", "x.json", "x.csv")], error
+    assert out.splitlines() == [f"OSError {errno.EFBIG} {tmp_path / name}" for name in ("x.bin", "x.json",
+                                                                                        "x.csv")], error
     assert names(tmp_path) == ["x.bin", "x.csv", "x.json"]
     assert (tmp_path / "x.bin").read_bytes() == b"y" * 10
     assert core.read_json(tmp_path / "x.json") == {"a": "y" * 10}
@@ -321,7 +323,8 @@ FILL = """
 
 
 def test_sigkill_at_any_moment_leaves_a_whole_folder(tmp_path):
-    """Five files of one round each: after a kill and the next start they are there, of one round, and nothing else is."""
+    """Five files of one round each: after a kill and the next start they are there, of one round, and nothing else
+    is."""
     for trial in range(8):
         process = python(FILL)
         process.stdin.write(f"{tmp_path / 'run'}\n")
@@ -388,8 +391,9 @@ def test_environment_is_complete_anonymous_and_the_same_twice():
 
 
 def test_environment_does_not_load_torch():
-    process = python("import sys; from covidsev import core as p; print(p.environment()['threads'], 'torch' in sys.modules)",
-                     OMP_NUM_THREADS="3")
+    process = python(
+        "import sys; from covidsev import core as p; print(p.environment()['threads'], 'torch' in sys.modules)",
+        OMP_NUM_THREADS="3")
     assert process.communicate(timeout=60)[0].split() == ["3", "False"]
 
 

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..core import (ConfigError, CovidSevError, DataMissingError, GeometryError, IntensityError,
-                           LeakageError, MaskError, check_choice, data_root, progress, read_json, write_bytes,
-                           write_json)
+from ..core import (ConfigError, CovidSevError, DataMissingError, GeometryError,
+                           IntensityError, LeakageError, MaskError, check_choice, data_root,
+                           progress, read_json, write_bytes, write_json)
 from .phantom import phantom_patients, to_uint8
-from .pictures import (by_stem, check_folder, list_pictures, match_stems, natural_key, pair_by_stem,
-                                    palette_picture, read_image, read_labels, read_mask, resize_image,
-                                    resize_labels, stem_of, unmatched)
+from .pictures import (by_stem, check_folder, list_pictures, match_stems, natural_key,
+                                    pair_by_stem, palette_picture, read_image, read_labels,
+                                    read_mask, resize_image, resize_labels, stem_of, unmatched)
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 class SliceSet:
     """Slices in a fixed order, with labels and groups.
 
-    `images` uint8 (H, W); `labels` uint8 (H, W) in {0, 1, 2}; `groups` the scan or patient of each slice.
-    `kind` is "real" or "phantom". `binary_only`: the masks do not tell the classes apart, label 1 means any
-    infection."""
+    `images` uint8 (H, W); `labels` uint8 (H, W) in {0, 1, 2}; `groups` the scan or patient of each
+    slice. `kind` is "real" or "phantom". `binary_only`: the masks do not tell the classes apart,
+    label 1 means any infection."""
 
     name: str
     kind: str
@@ -61,7 +61,8 @@ class SliceSet:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        return f"SliceSet({self.name}: {len(self)} {self.kind} slices, {len(set(self.groups))} groups)"
+        groups = len(set(self.groups))
+        return f"SliceSet({self.name}: {len(self)} {self.kind} slices, {groups} groups)"
 
     def infection(self, index: int) -> np.ndarray:
         """Slice `index`: bool (H, W), True where there is ground glass or consolidation."""
@@ -76,9 +77,8 @@ class SliceSet:
 
     def content_hash(self) -> str:
         """SHA-256 over ids, groups, sizes and all pixels; 64 hexadecimal characters."""
-        parts = (f"{name}\t{group}\t{array_hash(image)}\t{array_hash(labels)}\n"
-                 for name, image, labels, group in zip(self.ids, self.images, self.labels, self.groups,
-                                                       strict=True))
+        parts = (f"{name}\t{group}\t{array_hash(image)}\t{array_hash(labels)}\n" for name, image,
+                 labels, group in zip(self.ids, self.images, self.labels, self.groups, strict=True))
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
@@ -89,11 +89,12 @@ def array_hash(array: np.ndarray) -> str:
 
 # %% ../../nbs/1_data/03_datasets.ipynb #e0baf92b
 def mask_edge(mask: "np.ndarray | torch.Tensor") -> "np.ndarray | torch.Tensor":
-    """Where the central-difference gradient of a mask is not zero: bool, of the shape of `mask` (..., H, W).
+    """Where the central-difference gradient of a mask is not zero: bool, of the shape of `mask`
+    (..., H, W).
 
-    For numpy arrays and for torch tensors on any device; anything above 0 is foreground; H and W at least 2.
-    Equal to `numpy.gradient(mask) != 0` in either direction, and to all 50 published edge maps of
-    COVID-SemiSeg."""
+    For numpy arrays and for torch tensors on any device; anything above 0 is foreground; H and W at
+    least 2. Equal to `numpy.gradient(mask) != 0` in either direction, and to all 50 published edge
+    maps of COVID-SemiSeg."""
     mask = mask > 0
     edge = mask ^ mask  # all False, of the same type and on the same device
     edge[..., 1:-1, :] |= mask[..., 2:, :] ^ mask[..., :-2, :]
@@ -112,8 +113,10 @@ def stack_slices(arrays: list[np.ndarray], size: int) -> "torch.Tensor":
     return torch.from_numpy(np.array(arrays, np.uint8).reshape(len(arrays), 1, size, size))
 
 
-def to_tensors(slices: SliceSet, size: int, device: Any = "cpu") -> "tuple[torch.Tensor, torch.Tensor]":
-    """All slices at one size on `device`: images and labels, both uint8 (N, 1, size, size); N may be 0."""
+def to_tensors(slices: SliceSet, size: int, device: Any =
+               "cpu") -> "tuple[torch.Tensor, torch.Tensor]":
+    """All slices at one size on `device`: images and labels, both uint8 (N, 1, size, size); N may
+    be 0."""
     images = [resize_image(image, size) for image in slices.images]
     labels = [resize_labels(labels, size) for labels in slices.labels]
     return stack_slices(images, size).to(device), stack_slices(labels, size).to(device)
@@ -127,46 +130,51 @@ class ScanGroup(NamedTuple):
     test: tuple[str, ...]
 
 
-SCAN_GROUPS = {
-    "A": ScanGroup(True, ("4", "5", "17", "46"), ("91", "93")),
-    "B": ScanGroup(True, ("33",), ("97",)),
-    "C": ScanGroup(True, ("53",), ("21",)),
-    "D": ScanGroup(True, ("10", "43"), ()),
-    "E": ScanGroup(False, ("40",), ("65",)),
-    "F": ScanGroup(False, ("35", "67"), ()),
-}
-_GROUP_OF = {slice_id: name for name, group in SCAN_GROUPS.items() for slice_id in group.train + group.test}
+SCAN_GROUPS = {"A": ScanGroup(True, ("4", "5", "17", "46"), ("91", "93")), "B": ScanGroup(True,
+                                                                                          ("33",),
+                                                                                          ("97",)),
+               "C": ScanGroup(True, ("53",), ("21",)), "D": ScanGroup(True, ("10", "43"), ()), "E":
+               ScanGroup(False, ("40",), ("65",)), "F": ScanGroup(False, ("35", "67"), ())}
+_GROUP_OF = {slice_id: name for name, group in SCAN_GROUPS.items() for slice_id in group.train +
+             group.test}
 
 
 def scan_group(slice_id: str) -> str:
-    """The group of a COVID-SemiSeg slice: "medseg1:A" where its scan is known, else "medseg1:" and its id."""
+    """The group of a COVID-SemiSeg slice: "medseg1:A" where its scan is known, else "medseg1:" and
+    its id."""
     return f"medseg1:{_GROUP_OF.get(slice_id, slice_id)}"
 
 
 def shares_scan_with_train(slices: SliceSet, *, include_likely: bool = True) -> list[bool]:
-    """For each slice of a test set, whether the published training set holds a slice of the same scan."""
+    """For each slice of a test set, whether the published training set holds a slice of the same
+    scan."""
     shared = {scan_group(slice_id) for group in SCAN_GROUPS.values() if group.train and group.test
               and (group.certain or include_likely) for slice_id in group.test}
     return [group in shared for group in slices.groups]
 
 # %% ../../nbs/1_data/03_datasets.ipynb #cd19d654
-MISSING_SEMISEG = ("fetch it with `covidsev data get covid-semiseg` (non-commercial use only), or name a copy "
-                   "that is there with COVIDSEV_DATA or --data-root; by hand: see `covidsev data list`")
+MISSING_SEMISEG = (
+    "fetch it with `covidsev data get covid-semiseg` (non-commercial use only), or name a copy "
+    "that is there with COVIDSEV_DATA or --data-root; by hand: see `covidsev data list`")
 NOTE_FILE = "covidsev.json"  # says what the slices below are, where they are not the published ones
 PARTS = {"train": ("TrainingSet", "LungInfection-Train", "MultiClassInfection-Train"),
           "test": ("TestingSet", "LungInfection-Test", "MultiClassInfection-Test")}
 
 
 def part_folder(folder: Path, parent: str, name: str) -> Path | None:
-    """The folder of one part: below `folder`, or `folder` itself where a single zip was unpacked."""
-    candidates = (folder / parent / name, folder / name, folder if folder.absolute().name == name else None)
+    """The folder of one part: below `folder`, or `folder` itself where a single zip was
+    unpacked."""
+    candidates = (folder / parent / name, folder / name, folder if folder.absolute().name == name
+                  else None)
     return next((path for path in candidates if path is not None and path.is_dir()), None)
 
 
 def split_parts(folder: Path, split: str) -> dict[str, Path]:
-    """The parts "binary" (for training: its Doctor-label) and "multi" of a split, those that are there."""
+    """The parts "binary" (for training: its Doctor-label) and "multi" of a split, those that are
+    there."""
     parent, binary, multi = PARTS[split]
-    found = {"binary": part_folder(folder, parent, binary), "multi": part_folder(folder, parent, multi)}
+    found = {"binary": part_folder(folder, parent, binary), "multi": part_folder(folder, parent,
+                                                                                 multi)}
     if found["binary"] is not None and (found["binary"] / "Doctor-label").is_dir():
         found["binary"] = found["binary"] / "Doctor-label"
     return {name: path for name, path in found.items() if path is not None}
@@ -175,19 +183,20 @@ def split_parts(folder: Path, split: str) -> dict[str, Path]:
 def find_covid_semiseg(root: str | Path | None = None) -> Path:
     """The folder that holds TrainingSet and TestingSet (or the unpacked zips) at or below `root`.
 
-    `root` may be the data root, the data set's own folder, `Dataset`, or the top folder of one of the four
-    zips; None means `data_root()`. `DataMissingError` with the command that fetches the data if there is
-    nothing."""
+    `root` may be the data root, the data set's own folder, `Dataset`, or the top folder of one of
+    the four zips; None means `data_root()`. `DataMissingError` with the command that fetches the
+    data if there is nothing."""
     root = data_root(root) if root is None else check_folder(root)
     if root is not None:
-        candidates = [root, root / "Dataset", root / "covid-semiseg" / "Dataset", root / "covid-semiseg",
-                      *sorted(root.glob("*/Dataset"))]
+        candidates = [root, root / "Dataset", root / "covid-semiseg" / "Dataset", root /
+                      "covid-semiseg", *sorted(root.glob("*/Dataset"))]
         for folder in candidates:
             if folder.is_dir() and any(split_parts(folder, split) for split in PARTS):
                 return folder
-    raise DataMissingError("COVID-SemiSeg is not there", file=root,
-                           expected="folders TrainingSet and TestingSet, or LungInfection-Train, ...",
-                           fix=MISSING_SEMISEG)
+    raise DataMissingError(
+        "COVID-SemiSeg is not there", file=root,
+        expected="folders TrainingSet and TestingSet, or LungInfection-Train, ...",
+        fix=MISSING_SEMISEG)
 
 # %% ../../nbs/1_data/03_datasets.ipynb #dcd1a712
 Slice = tuple[np.ndarray, np.ndarray]  # image and labels, both uint8 (H, W)
@@ -197,15 +206,17 @@ def _read_pair(stem: str, image_path: Path, mask_path: Path, reader: Callable) -
     """Image and labels of one slice; `GeometryError` if their shapes differ."""
     image, labels = read_image(image_path), reader(mask_path).astype(np.uint8)
     if image.shape != labels.shape:
-        raise GeometryError(f"image and mask of slice {stem} differ in shape",
-                            file=f"{image_path} and {mask_path}",
-                            found=f"image {image.shape}, mask {labels.shape}", expected="equal shapes",
-                            fix="use the mask that was drawn on this image; nothing is resized to fit")
+        raise GeometryError(
+            f"image and mask of slice {stem} differ in shape", file=f"{image_path} and {mask_path}",
+            found=f"image {image.shape}, mask {labels.shape}", expected="equal shapes",
+            fix="use the mask that was drawn on this image; nothing is resized to fit")
     return image, labels
 
 
-def _check_binary(slices: dict[str, Slice], stems: Collection[str], folder: Path) -> list[CovidSevError]:
-    """The errors where labels and binary masks disagree; `stems` are all, `slices` the readable ones."""
+def _check_binary(slices: dict[str, Slice], stems: Collection[str], folder:
+                  Path) -> list[CovidSevError]:
+    """The errors where labels and binary masks disagree; `stems` are all, `slices` the readable
+    ones."""
     masks, _ = by_stem(folder)
     lines, errors = unmatched(stems, masks.keys()), []
     for stem in slices.keys() & masks.keys():
@@ -230,7 +241,8 @@ def read_note(folder: Path) -> dict[str, Any]:
     return {}
 
 # %% ../../nbs/1_data/03_datasets.ipynb #1c0b8182
-def read_split(root: str | Path | None, split: str) -> tuple[dict[str, Slice], list[CovidSevError], bool]:
+def read_split(root: str | Path | None, split: str) -> tuple[dict[str, Slice], list[CovidSevError],
+                                                             bool]:
     """Stem -> (image, labels) of a split, all errors, and whether only binary masks are there.
 
     `DataMissingError` if the data is not there, or not this split."""
@@ -238,7 +250,8 @@ def read_split(root: str | Path | None, split: str) -> tuple[dict[str, Slice], l
     parts = split_parts(folder, check_choice("split", split, PARTS))
     if not parts:
         raise DataMissingError(f"this copy of COVID-SemiSeg has no {split} slices", file=folder,
-                               expected=f"{PARTS[split][1]} or {PARTS[split][2]}", fix=MISSING_SEMISEG)
+                               expected=f"{PARTS[split][1]} or {PARTS[split][2]}",
+                               fix=MISSING_SEMISEG)
     binary_only = not (parts.get("multi", Path()) / "GT").is_dir()
     source = parts["binary" if binary_only else "multi"]
     images = next((part / "Imgs" for part in (source, *parts.values()) if (part / "Imgs").is_dir()),
@@ -267,8 +280,8 @@ def _raise_together(errors: Sequence[CovidSevError]) -> None:
 def load_covid_semiseg(root: str | Path | None, split: str) -> SliceSet:
     """The 50 "train" or the 48 "test" slices of COVID-SemiSeg, by number.
 
-    They keep their own sizes and their orientation (raw arrays, anterior at the left).
-    Labels come from the multi-class masks and are checked against the binary ones. `DataMissingError` without
+    They keep their own sizes and their orientation (raw arrays, anterior at the left). Labels come
+    from the multi-class masks and are checked against the binary ones. `DataMissingError` without
     the data; `MaskError`, `GeometryError`, `ReadError` naming every slice that cannot be used."""
     slices, errors, binary_only = read_split(root, split)
     _raise_together(errors)
@@ -287,20 +300,23 @@ def _write_png(path: Path, picture: Image.Image) -> None:
 
 
 def write_covid_semiseg(folder: str | Path, **splits: SliceSet) -> Path:
-    """Writes train= and test= slices in the layout of COVID-SemiSeg, images as PNG; returns `folder`.
+    """Writes train= and test= slices in the layout of COVID-SemiSeg, images as PNG; returns
+    `folder`.
 
-    A note beside them keeps the groups, and says if they are phantoms: these are never loaded as real
-    slices."""
+    A note beside them keeps the groups, and says if they are phantoms: these are never loaded as
+    real slices."""
     groups = {f"{split}/{slice_id}": group for split, slices in splits.items()
               for slice_id, group in zip(slices.ids, slices.groups, strict=True)}
     kinds = {slices.kind for slices in splits.values()}
-    write_json(Path(folder) / NOTE_FILE, {"kind": "phantom" if "phantom" in kinds else "real", "groups": groups})
+    write_json(Path(folder) / NOTE_FILE, {"kind": "phantom" if "phantom" in kinds else "real",
+                                          "groups": groups})
     for split, slices in splits.items():
         parent, binary, multi = PARTS[check_choice("split", split, PARTS)]
         binary = f"{binary}/Doctor-label" if split == "train" else binary
         for slice_id, image, labels in zip(slices.ids, slices.images, slices.labels, strict=True):
-            pictures = {f"{binary}/Imgs": Image.fromarray(image), f"{multi}/Imgs": Image.fromarray(image),
-                        f"{binary}/GT": Image.fromarray(np.uint8(255) * (labels > 0)),
+            pictures = {f"{binary}/Imgs": Image.fromarray(image), f"{multi}/Imgs":
+                        Image.fromarray(image), f"{binary}/GT": Image.fromarray(np.uint8(255) *
+                                                                                (labels > 0)),
                         f"{multi}/GT": palette_picture(labels)}
             for place, picture in pictures.items():
                 _write_png(Path(folder) / parent / place / f"{slice_id}.png", picture)
@@ -311,12 +327,14 @@ _PHANTOM_STREAMS = {"train": 0, "val": 1, "test": 2, "pool": 3_000_000}  # far f
 
 
 def load_phantom(split: str, n: int, size: int, seed: int = 0) -> SliceSet:
-    """`n` phantom slices of `size` x `size` pixels, two for each patient; no patient is in two splits."""
+    """`n` phantom slices of `size` x `size` pixels, two for each patient; no patient is in two
+    splits."""
     stream = 3 * int(seed) + _PHANTOM_STREAMS[check_choice("split", split, _PHANTOM_STREAMS)]
     patients = phantom_patients((n + 1) // 2, stream, size, slices_per_patient=2)[:n]
     ids = [f"{split}-{index:03d}" for index in range(n)]
-    return SliceSet(f"phantom/{split}", "phantom", ids, [to_uint8(phantom.hu) for _, phantom in patients],
-                    [phantom.labels for _, phantom in patients],
+    return SliceSet(f"phantom/{split}", "phantom", ids, [to_uint8(phantom.hu) for _, phantom in
+                                                         patients], [phantom.labels for _, phantom
+                                                                     in patients],
                     [f"phantom:{split}:{patient}" for patient, _ in patients])
 
 # %% ../../nbs/1_data/03_datasets.ipynb #3887ba76
@@ -329,19 +347,22 @@ class Splits(NamedTuple):
 
 
 def _stratified_order(values: Sequence[float], n: int, generator: np.random.Generator) -> list[int]:
-    """All indices: one of each of `n` strata of `values`, in random order, then one more of each, ..."""
+    """All indices: one of each of `n` strata of `values`, in random order, then one more of each,
+    ..."""
     ranked = np.argsort(values, kind="stable")
     strata = [list(generator.permutation(part)) for part in np.array_split(ranked, n)]
-    rounds = [[part[turn] for part in strata if turn < len(part)] for turn in range(max(map(len, strata)))]
+    rounds = [
+        [part[turn] for part in strata if turn < len(part)] for turn in range(max(map(len,
+        strata)))]
     return [int(index) for chosen in rounds for index in generator.permutation(chosen)]
 
 
 def carve(slices: SliceSet, n: int, seed: int) -> tuple[list[int], list[int]]:
     """Indices of (the rest, a sample of `n` slices made of whole groups), each in order of the set.
 
-    The groups come in an order drawn with `seed`, spread over `n` strata of the infected share, and are taken
-    where they fit; one of more than n/4 slices (and more than 2) stays in the rest. `ConfigError` if `n`
-    cannot be reached."""
+    The groups come in an order drawn with `seed`, spread over `n` strata of the infected share, and
+    are taken where they fit; one of more than n/4 slices (and more than 2) stays in the rest.
+    `ConfigError` if `n` cannot be reached."""
     members: dict[str, list[int]] = {}
     for index, group in enumerate(slices.groups):
         members.setdefault(group, []).append(index)
@@ -359,24 +380,29 @@ def carve(slices: SliceSet, n: int, seed: int) -> tuple[list[int], list[int]]:
 
 
 def group_folds(slices: SliceSet, k: int, seed: int) -> list[list[int]]:
-    """Indices of the slices in `k` folds of whole groups, about equal in number and in infected share.
+    """Indices of the slices in `k` folds of whole groups, about equal in number and in infected
+    share.
 
-    Large groups are dealt first, then the others from the most infected down, `k` at a time in an order drawn
-    with `seed`; each goes to the least infected fold that has room for it. `ConfigError` for fewer groups
-    than k."""
+    Large groups are dealt first, then the others from the most infected down, `k` at a time in an
+    order drawn with `seed`; each goes to the least infected fold that has room for it.
+    `ConfigError` for fewer groups than k."""
     members: dict[str, list[int]] = {}
     for index, group in enumerate(slices.groups):
         members.setdefault(group, []).append(index)
     groups = list(members.values())
     if not 2 <= k <= len(groups):
-        raise ConfigError("cannot make that many folds of whole groups", found=f"{k} folds of {len(groups)} groups",
+        raise ConfigError("cannot make that many folds of whole groups",
+                          found=f"{k} folds of {len(groups)} groups",
                           expected=f"2 to {len(groups)}")
-    share = [float(np.mean([slices.infection(index).mean() for index in group])) for group in groups]
+    share = [float(np.mean([slices.infection(index).mean() for index in group])) for group in
+             groups]
     ranked, rng = np.argsort(share)[::-1], np.random.default_rng(seed)
-    order = [int(one) for start in range(0, len(groups), k) for one in rng.permutation(ranked[start:start + k])]
+    order = [int(one) for start in range(0, len(groups), k) for one in
+             rng.permutation(ranked[start:start + k])]
     folds, infected = [[] for _ in range(k)], [0.0] * k
     for number in sorted(order, key=lambda number: -len(groups[number])):
-        room = [fold for fold in range(k) if len(folds[fold]) + len(groups[number]) <= -(-len(slices) // k)]
+        room = [fold for fold in range(k) if len(folds[fold]) + len(groups[number]) <=
+                -(-len(slices) // k)]
         chosen = min(room or range(k), key=lambda fold: (infected[fold], len(folds[fold])))
         folds[chosen] += groups[number]
         infected[chosen] += len(groups[number]) * share[number]
@@ -387,9 +413,11 @@ SUBSET_STRATA = 10  # of the infected share, for subsets of the training slices
 
 
 def nested_subset(slices: SliceSet, n: int, seed: int) -> list[int]:
-    """Indices of `n` slices in order of the set: drawn with `seed`, evenly from strata of the infected share.
+    """Indices of `n` slices in order of the set: drawn with `seed`, evenly from strata of the
+    infected share.
 
-    For one seed a smaller subset is part of every larger one. `ConfigError` unless 1 <= n <= len(slices)."""
+    For one seed a smaller subset is part of every larger one. `ConfigError` unless 1 <= n <=
+    len(slices)."""
     if not 1 <= n <= len(slices):
         raise ConfigError("cannot take that many training slices", found=f"n_train = {n}",
                           expected=f"1 to {len(slices)}")
@@ -413,7 +441,8 @@ def _common(first: SliceSet, second: SliceSet) -> dict[str, tuple[list[str], lis
 def check_disjoint(*, known: Collection[str] = (), **splits: SliceSet) -> list[str]:
     """`LeakageError` with the ids if two of the named sets share a group or an identical image.
 
-    Groups in `known` may be shared with the set called `test`: they are returned, a line each, instead."""
+    Groups in `known` may be shared with the set called `test`: they are returned, a line each,
+    instead."""
     notices, leaks, names = [], [], list(splits)
     for number, first in enumerate(names):
         for second in names[number + 1:]:
@@ -432,7 +461,8 @@ KNOWN_SHARED_GROUPS = tuple(f"medseg1:{name}" for name, group in SCAN_GROUPS.ite
                             and group.test)
 
 
-def _phantom_splits(size: int, n_train: int | None, n_val: int, n_test: int | None, seed: int) -> Splits:
+def _phantom_splits(size: int, n_train: int | None, n_val: int, n_test: int | None, seed:
+                    int) -> Splits:
     """Phantom train, validation and test sets of separate patients."""
     counts = {"train": 24 if n_train is None else n_train, "val": n_val, "test": n_test or 12}
     if counts["train"] < 1:
@@ -451,15 +481,15 @@ def _semiseg_splits(root: str | Path | None, n_train: int | None, n_val: int, n_
     return Splits(train, val, test.subset(range(len(test))[:n_test]))
 
 
-def load_splits(data: str, *, root: str | Path | None = None, size: int = 352, n_train: int | None = None,
-                val_slices: int = 10,
-                split_seed: int = 0, n_test: int | None = None) -> Splits:
+def load_splits(data: str, *, root: str | Path | None = None, size: int = 352, n_train: int | None =
+                None, val_slices: int = 10, split_seed: int = 0, n_test: int | None =
+                None) -> Splits:
     """Train, validation and test sets of "phantom" or "covid-semiseg", checked for leaks.
 
-    `size` is the side of phantom slices (real slices keep their own). `n_train` (nested subsets) and `n_test`
-    limit the sets (phantom: 24 and 12); `val_slices` may be 0. The same `split_seed` gives the same slices.
-    `ConfigError` for impossible numbers; `DataMissingError` if real data is asked for and not there: never
-    the phantom instead."""
+    `size` is the side of phantom slices (real slices keep their own). `n_train` (nested subsets)
+    and `n_test` limit the sets (phantom: 24 and 12); `val_slices` may be 0. The same `split_seed`
+    gives the same slices. `ConfigError` for impossible numbers; `DataMissingError` if real data is
+    asked for and not there: never the phantom instead."""
     check_choice("data set", data, ["phantom", "covid-semiseg"])
     splits = (_phantom_splits(size, n_train, val_slices, n_test, split_seed) if data == "phantom"
               else _semiseg_splits(root, n_train, val_slices, n_test, split_seed))
@@ -491,7 +521,8 @@ class UnlabelledSet:
 
 
 def scan_of_name(stem: str) -> tuple[str, str]:
-    """(scan, group) of a file name of the pool; a name of another kind is a scan and a group of its own."""
+    """(scan, group) of a file name of the pool; a name of another kind is a scan and a group of its
+    own."""
     if match := re.search(r"coronacases_org_(\d+)_\d+$", stem):
         return f"coronacases:{match[1]}", f"coronacases:{match[1]}"
     if match := re.search(r"pneumonia-(\d+)_(\w+?)-dcm_\d+$", stem):
@@ -509,7 +540,8 @@ def load_unlabelled(root: str | Path | None = None) -> UnlabelledSet:
                                expected="LungInfection-Train/Pseudo-label/Imgs",
                                fix=MISSING_SEMISEG)
     paths = list_pictures(folder)
-    scans, groups = zip(*(scan_of_name(path.stem) for path in paths), strict=True) if paths else ((), ())
+    scans, groups = zip(*(scan_of_name(path.stem) for path in paths),
+                        strict=True) if paths else ((), ())
     return UnlabelledSet("covid-semiseg/unlabelled", "real", [path.stem for path in paths], paths,
                          list(scans), list(groups))
 
@@ -517,18 +549,21 @@ def load_unlabelled(root: str | Path | None = None) -> UnlabelledSet:
 DARK_MEAN = 90  # mean grey value that separates the two windows of the pool
 BRIGHT_BONE = 180  # grey value above which a pixel is taken for bone in the orientation cue
 SURE_VOTE = 0.75  # share of the slices of a scan that decides which way round it lies
-LABELLED_PEAKS = (45, 211)  # grey of aerated lung and of soft tissue in the labelled training slices
+# grey of aerated lung and of soft tissue in the labelled training slices
+LABELLED_PEAKS = (45, 211)
 
 
 class ScanRule(NamedTuple):
-    """How the slices of a scan become like the labelled: `mirrored`, and the grey `peaks` to move, or None."""
+    """How the slices of a scan become like the labelled: `mirrored`, and the grey `peaks` to move,
+    or None."""
 
     mirrored: bool
     peaks: tuple[int, int] | None
 
 
 def spine_at_left(image: np.ndarray) -> bool:
-    """Whether more bone-bright pixels lie in the left sixth than in the right one (middle third of rows).
+    """Whether more bone-bright pixels lie in the left sixth than in the right one (middle third of
+    rows).
 
     A weak cue in a single slice: vote over a scan."""
     height, width = image.shape
@@ -537,12 +572,14 @@ def spine_at_left(image: np.ndarray) -> bool:
 
 
 def grey_peaks(histogram: np.ndarray) -> tuple[int, int]:
-    """The highest places of a smoothed histogram (256,) below and above its mean: lung and soft tissue.
+    """The highest places of a smoothed histogram (256,) below and above its mean: lung and soft
+    tissue.
 
     `IntensityError` if all pixels have one grey value."""
     if np.count_nonzero(histogram) < 2:
         raise IntensityError("these slices are of one grey value", expected="lung and soft tissue")
-    smooth = np.convolve(histogram, np.bartlett(11), "same")  # a triangle leaves a single peak where it is
+    # a triangle leaves a single peak where it is
+    smooth = np.convolve(histogram, np.bartlett(11), "same")
     middle = int(histogram @ np.arange(256) // histogram.sum()) + 1
     return int(smooth[:middle].argmax()), middle + int(smooth[middle:].argmax())
 
@@ -552,7 +589,8 @@ def scan_rule(images: Sequence[np.ndarray]) -> ScanRule:
     mirrored = np.mean([spine_at_left(image) for image in images]) > SURE_VOTE
     if np.mean([image.mean() for image in images]) >= DARK_MEAN:
         return ScanRule(bool(mirrored), None)
-    return ScanRule(bool(mirrored), grey_peaks(sum(np.bincount(i.ravel(), minlength=256) for i in images)))
+    return ScanRule(bool(mirrored), grey_peaks(sum(np.bincount(i.ravel(), minlength=256) for i in
+                                                   images)))
 
 
 def harmonise(picture: np.ndarray, rule: ScanRule) -> np.ndarray:
@@ -567,12 +605,14 @@ def harmonise(picture: np.ndarray, rule: ScanRule) -> np.ndarray:
 def spread_over_scans(scans: Sequence[str], n: int, seed: int) -> list[int]:
     """Indices of `n` slices (0: all) spread evenly over the scans and within each, in order.
 
-    A scan with too few gives all it has, the others the rest. `seed` moves the places within the scans.
-    `ConfigError` if there is nothing, or not as much as asked for."""
+    A scan with too few gives all it has, the others the rest. `seed` moves the places within the
+    scans. `ConfigError` if there is nothing, or not as much as asked for."""
     if not scans or not 0 <= n <= len(scans):
         raise ConfigError("cannot take that many unlabelled slices", found=f"n = {n}",
-                          expected=f"0 (all) to {len(scans)}" if scans else "a pool with slices in it")
-    members = {scan: [k for k, other in enumerate(scans) if other == scan] for scan in dict.fromkeys(scans)}
+                          expected=f"0 (all) to {len(scans)}" if scans else
+                          "a pool with slices in it")
+    members = {scan: [k for k, other in enumerate(scans) if other == scan] for scan in
+               dict.fromkeys(scans)}
     taken = dict.fromkeys(members, 0)
     while (left := (n or len(scans)) - sum(taken.values())) > 0:
         for scan in [scan for scan in members if taken[scan] < len(members[scan])][:left]:
@@ -592,10 +632,11 @@ def _pool_rules(pool: UnlabelledSet, wanted: Sequence[int]) -> dict[str, ScanRul
 
 def pool_tensors(pool: UnlabelledSet, size: int, n: int = 0,
                  seed: int = 0) -> "tuple[torch.Tensor, list[str]]":
-    """Unlabelled slices made like the labelled ones: images uint8 (N, 1, size, size), and their ids.
+    """Unlabelled slices made like the labelled ones: images uint8 (N, 1, size, size), and their
+    ids.
 
-    n: 0 for all, else so many spread over the scans. `ConfigError` for an impossible n, `ReadError` for a
-    damaged file."""
+    n: 0 for all, else so many spread over the scans. `ConfigError` for an impossible n, `ReadError`
+    for a damaged file."""
     chosen = spread_over_scans(pool.scans, n, seed)
     rules = _pool_rules(pool, chosen)
     images = [resize_image(harmonise(pool.image(k), rules[pool.scans[k]]), size) for k in chosen]
@@ -604,10 +645,11 @@ def pool_tensors(pool: UnlabelledSet, size: int, n: int = 0,
 
 def pseudo_label_tensors(pool: UnlabelledSet, size: int, n: int = 0,
                          seed: int = 0) -> "tuple[torch.Tensor, torch.Tensor, list[str]]":
-    """As `pool_tensors`, with the released labels: images, labels 0/1 (both uint8 (N, 1, size, size)), ids.
+    """As `pool_tensors`, with the released labels: images, labels 0/1 (both uint8 (N, 1, size,
+    size)), ids.
 
-    Label 1, any infection: the map is 128 or above. Raises also `DataMissingError` without the maps, and
-    `MaskError`, `GeometryError` where images and maps do not pair."""
+    Label 1, any infection: the map is 128 or above. Raises also `DataMissingError` without the
+    maps, and `MaskError`, `GeometryError` where images and maps do not pair."""
     chosen = spread_over_scans(pool.scans, n, seed)
     folder = pool.paths[0].parent.parent / "GT"
     if not folder.is_dir():
@@ -624,16 +666,19 @@ def pseudo_label_tensors(pool: UnlabelledSet, size: int, n: int = 0,
 
 # %% ../../nbs/1_data/03_datasets.ipynb #bdbfa334
 def phantom_pool(n: int, size: int, seed: int = 0) -> "tuple[torch.Tensor, list[str]]":
-    """A stand-in for the pool: `n` phantom slices of patients that are in no split; as `pool_tensors`."""
+    """A stand-in for the pool: `n` phantom slices of patients that are in no split; as
+    `pool_tensors`."""
     images, _, ids = phantom_pseudo_labels(n, size, seed)
     return images, ids
 
 
 def phantom_pseudo_labels(n: int, size: int,
                           seed: int = 0) -> "tuple[torch.Tensor, torch.Tensor, list[str]]":
-    """A stand-in for released labels: the true infection moved by two pixels; as `pseudo_label_tensors`."""
+    """A stand-in for released labels: the true infection moved by two pixels; as
+    `pseudo_label_tensors`."""
     if n < 1:
-        raise ConfigError("a phantom pool needs a number of slices", found=f"n = {n}", expected="at least 1")
+        raise ConfigError("a phantom pool needs a number of slices", found=f"n = {n}",
+                          expected="at least 1")
     slices = load_phantom("pool", n, size, seed)
     images, labels = to_tensors(slices, size)
     return images, (labels > 0).to(labels.dtype).roll((2, 2), dims=(2, 3)), slices.ids

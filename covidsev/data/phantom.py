@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Phantom', 'Anatomy', 'draw_anatomy', 'Grid', 'make_grid', 'smooth_noise', 'lung_depth', 'lobe_map', 'Tree',
            'bisect_tree', 'lung_trees', 'paint_balls', 'Request', 'Disease', 'take_top', 'draw_disease', 'Tubes',
-           'phantom_slice', 'demo_slice', 'to_uint8', 'phantom_volume', 'phantom_patients', 'crop_to_lungs']
+           'phantom_slice', 'demo_slice', 'to_uint8', 'phantom_volume', 'phantom_patients']
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-002
 from dataclasses import dataclass, replace
@@ -15,18 +15,17 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter1d
 
-from ..core import CONSOLIDATION, GGO, ConfigError, GeometryError
+from ..core import CONSOLIDATION, GGO, ConfigError
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-006
 @dataclass(frozen=True)
 class Phantom:
     """A synthetic chest CT, (H, W) or (Z, H, W), and the truth of it.
 
-    `hu` float32, whole Hounsfield units >= -1024. `lungs` uint8: 1 right, 2 left. `lobes` uint8: 1 right
-    upper, 2 right middle,
-    3 right lower, 4 left upper, 5 left lower. `vessels`, `airways`, `body` bool. `labels` uint8: 1 GGO, 2
-    consolidation, always inside the lungs.
-    `spacing_mm` in the order of the array axes. `affine` 4 x 4 takes (column, row, slice, 1) to RAS+
+    `hu` float32, whole Hounsfield units >= -1024. `lungs` uint8: 1 right, 2 left. `lobes` uint8: 1
+    right upper, 2 right middle, 3 right lower, 4 left upper, 5 left lower. `vessels`, `airways`,
+    `body` bool. `labels` uint8: 1 GGO, 2 consolidation, always inside the lungs. `spacing_mm` in
+    the order of the array axes. `affine` 4 x 4 takes (column, row, slice, 1) to RAS+
     millimetres."""
 
     hu: np.ndarray
@@ -69,36 +68,24 @@ def draw_anatomy(seed: int) -> Anatomy:
     rng = np.random.default_rng([seed, 1])
     size = np.clip(rng.normal(1.0, 0.06), 0.85, 1.15)
     u = rng.uniform
-    bones = {
-        "half_width": size * u(120, 138),
-        "half_depth": size * u(84, 100),
-        "height": size * u(225, 285),
-        "wall": u(18, 38),
-        "ribs": u(0, 0.09),
-    }
-    shape = {
-        "roundness": u(2.1, 2.7),
-        "lean": (u(-4, 4), u(-4, 4), u(0, 2 * np.pi)),
-        "dome": (u(0.16, 0.26), u(0.12, 0.22)),
-        "muscle": u(9, 18),
-    }
+    bones = {"half_width": size * u(120, 138), "half_depth": size * u(84, 100), "height": size *
+             u(225, 285), "wall": u(18, 38), "ribs": u(0, 0.09)}
+    shape = {"roundness": u(2.1, 2.7), "lean": (u(-4, 4), u(-4, 4), u(0, 2 * np.pi)), "dome":
+             (u(0.16, 0.26), u(0.12, 0.22)), "muscle": u(9, 18)}
     inside = {
         "heart": u(0.88, 1.12),
         "heart_turn": u(0.35, 0.75),
         "fissure": (u(0.85, 0.95), u(0.6, 0.8), u(0.41, 0.49)),
     }
     density = {"parenchyma_hu": u(-885, -825), "gravity_hu": u(40, 120)}
-    trouble = {
-        "atelectasis": max(0.0, u(-0.7, 1.0)),
-        "emphysema": max(0.0, u(-2.0, 1.0)),
-        "motion": max(0.0, u(-0.6, 1.0)),
-    }
+    trouble = {"atelectasis": max(0.0, u(-0.7, 1.0)), "emphysema": max(0.0, u(-2.0, 1.0)), "motion":
+               max(0.0, u(-0.6, 1.0))}
     return Anatomy(**bones, **shape, **inside, **density, **trouble)
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-011
 class Grid(NamedTuple):
-    """Broadcastable coordinates of a volume: x (1, 1, W) and y (1, H, 1) in mm, t (Z, 1, 1) from 0 (apex) to
-    1 (base)."""
+    """Broadcastable coordinates of a volume: x (1, 1, W) and y (1, H, 1) in mm, t (Z, 1, 1) from 0
+    (apex) to 1 (base)."""
 
     x: np.ndarray
     y: np.ndarray
@@ -117,27 +104,23 @@ class Grid(NamedTuple):
 
     @property
     def affine(self) -> np.ndarray:
-        """(column, row, slice, 1) to RAS+ mm: columns run to the left, rows to the back, slices upwards."""
+        """(column, row, slice, 1) to RAS+ mm: columns run to the left, rows to the back, slices
+        upwards."""
         affine = np.diag([-self.pixel_mm, -self.pixel_mm, self.slice_mm, 1.0])
         affine[:3, 3] = -np.array([self.x.flat[0], self.y.flat[0], self.z.flat[0]])
         return affine
 
 
-def make_grid(anatomy: Anatomy, shape: tuple[int, int, int], levels: np.ndarray, slice_mm: float) -> Grid:
-    """The grid of (Z, H, W) voxels whose field of view just holds the body; `levels` (Z,) are the heights t
-    of the slices."""
+def make_grid(anatomy: Anatomy, shape: tuple[int, int, int], levels: np.ndarray, slice_mm:
+              float) -> Grid:
+    """The grid of (Z, H, W) voxels whose field of view just holds the body; `levels` (Z,) are the
+    heights t of the slices."""
     wide = 2.1 * (anatomy.half_width + anatomy.wall)
     deep = 2.1 * (anatomy.half_depth + 0.8 * anatomy.wall + 6)
     pixel = max(wide / shape[2], deep / shape[1])
     y, x = ((np.arange(n) - (n - 1) / 2) * pixel for n in shape[1:])
-    return Grid(
-        x[None, None],
-        y[None, :, None],
-        np.asarray(levels, float)[:, None, None],
-        pixel,
-        slice_mm,
-        anatomy.height,
-    )
+    return Grid(x[None, None], y[None, :, None], np.asarray(levels, float)[:, None, None], pixel,
+                slice_mm, anatomy.height)
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-014
 @lru_cache(maxsize=64)
@@ -149,7 +132,8 @@ def _spline_matrix(n: int, cell: float) -> np.ndarray:
 
 
 def smooth_noise(rng: np.random.Generator, grid: Grid, cell_mm: float) -> np.ndarray:
-    """float64 (Z, H, W): smooth noise of about unit variance that changes over `cell_mm` millimetres."""
+    """float64 (Z, H, W): smooth noise of about unit variance that changes over `cell_mm`
+    millimetres."""
     down, across = (
         max(round(4 * cell_mm / mm) / 4, 1.0) for mm in (grid.slice_mm, grid.pixel_mm)
     )  # quarters: the cache hits
@@ -179,7 +163,8 @@ def _outside_circle(x, y, centre_x, centre_y, radius) -> np.ndarray:
 
 
 def _half_axes(anatomy: Anatomy, t) -> tuple[np.ndarray, np.ndarray]:
-    """Half width and half depth of the rib cage at height t: zero at the apex, full from 0.7 downwards."""
+    """Half width and half depth of the rib cage at height t: zero at the apex, full from 0.7
+    downwards."""
     rise = np.maximum(1 - (1 - np.clip(t / 0.7, 0, 1)) ** 2.2, 1e-4)
     return anatomy.half_width * rise**0.5, anatomy.half_depth * rise**0.42
 
@@ -189,11 +174,10 @@ def _cage(anatomy: Anatomy, x, y, t) -> np.ndarray:
     half_x, half_y = _half_axes(anatomy, t)
     sway_x, sway_y, phase = anatomy.lean
     across = np.abs(x + sway_x * np.sin(y / 45 + phase)) - half_x * (0.41 + 0.06 * y / half_y)
-    return _superellipse(
-        across, y + sway_y * np.sin(x / 60 + phase), 0.59 * half_x, half_y, anatomy.roundness
-    )
+    return _superellipse(across, y + sway_y * np.sin(x / 60 + phase), 0.59 * half_x, half_y,
+                         anatomy.roundness)
 
-# %% ../../nbs/1_data/01_phantom.ipynb #cell-019
+
 def _spine_y(anatomy: Anatomy) -> float:
     return 0.50 * anatomy.half_depth
 
@@ -203,22 +187,23 @@ def _outside_heart(anatomy: Anatomy, x, y, t) -> np.ndarray:
     half_x, half_y = 57 * swell + 1e-3, 40 * swell + 1e-3
     cosine, sine = np.cos(anatomy.heart_turn), np.sin(anatomy.heart_turn)
     right, back = x - 19, y + 0.30 * anatomy.half_depth
-    radius = np.sqrt(
-        ((cosine * right + sine * back) / half_x) ** 2 + ((cosine * back - sine * right) / half_y) ** 2
-    )
+    radius = np.sqrt(((cosine * right + sine * back) / half_x) ** 2 + ((cosine * back - sine *
+                                                                        right) / half_y) ** 2)
     return (radius - 1) * half_y
 
 
 def _outside_mediastinum(anatomy: Anatomy, x, y, t) -> np.ndarray:
-    """Distance in mm to spine, mediastinum, descending aorta and heart together; negative inside."""
+    """Distance in mm to spine, mediastinum, descending aorta and heart together; negative
+    inside."""
     spine_y, half_y = _spine_y(anatomy), _half_axes(anatomy, t)[1]
     behind = np.where(y > spine_y, np.abs(x) - 14 - 0.25 * (y - spine_y), 99.0)
     spine = np.minimum(_outside_circle(x, y, 0, spine_y, 21), behind)
-    middle = -_superellipse(x, y + 0.16 * anatomy.half_depth, 35 - 26 * np.abs(t - 0.43), 0.80 * half_y, 2.0)
+    middle = -_superellipse(x, y + 0.16 * anatomy.half_depth, 35 - 26 * np.abs(t - 0.43), 0.80 *
+                            half_y, 2.0)
     aorta = np.where(t > 0.3, _outside_circle(x, y, 24, spine_y - 14, 14), 99.0)
     return _smooth_minimum(
-        _smooth_minimum(spine, middle, 8), _smooth_minimum(aorta, _outside_heart(anatomy, x, y, t), 8), 8
-    )
+        _smooth_minimum(spine, middle, 8), _smooth_minimum(aorta, _outside_heart(anatomy, x, y, t),
+        8), 8)
 
 
 def _above_diaphragm(anatomy: Anatomy, x, y, t) -> np.ndarray:
@@ -228,8 +213,8 @@ def _above_diaphragm(anatomy: Anatomy, x, y, t) -> np.ndarray:
 
 
 def lung_depth(anatomy: Anatomy, x, y, t, cage: np.ndarray | None = None) -> np.ndarray:
-    """Roughly the depth in mm below the surface of the nearer lung, at any points (x, y, t); the lungs are
-    where it is positive.
+    """Roughly the depth in mm below the surface of the nearer lung, at any points (x, y, t); the
+    lungs are where it is positive.
 
     `cage`, where given, is the depth inside the rib cage at the same points."""
     cage = _cage(anatomy, x, y, t) if cage is None else cage
@@ -238,8 +223,10 @@ def lung_depth(anatomy: Anatomy, x, y, t, cage: np.ndarray | None = None) -> np.
     return _smooth_minimum(inside, np.abs(x) - 2.0, 4)  # a gap in the middle: the lungs never fuse
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-024
-def lobe_map(anatomy: Anatomy, lungs: np.ndarray, x, y, t, wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 lobes 0..5 of a `lungs` map, and the distance in mm to the nearest fissure (same shape).
+def lobe_map(anatomy: Anatomy, lungs: np.ndarray, x, y, t, wave: np.ndarray) -> tuple[np.ndarray,
+                                                                                      np.ndarray]:
+    """uint8 lobes 0..5 of a `lungs` map, and the distance in mm to the nearest fissure (same
+    shape).
 
     `wave` moves the fissures up and down, in units of t."""
     level, slope, horizontal = anatomy.fissure
@@ -266,8 +253,8 @@ def _join(*trees: Tree) -> Tree:
 
 
 def _halve(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Split each of G groups of 2n points, (G, 2n, 3), at its median along a random direction that prefers
-    wide axes: (2G, n, 3)."""
+    """Split each of G groups of 2n points, (G, 2n, 3), at its median along a random direction that
+    prefers wide axes: (2G, n, 3)."""
     direction = rng.standard_normal((len(groups), 3)) * np.ptp(groups, axis=1)
     key = (groups @ direction[..., None])[..., 0]
     half = groups.shape[1] // 2
@@ -275,29 +262,29 @@ def _halve(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.take_along_axis(groups, order[..., None], 1).reshape(-1, half, 3)
 
 
-def bisect_tree(
-    points: np.ndarray, roots: np.ndarray, root_radii: np.ndarray, rng: np.random.Generator
-) -> Tree:
-    """T binary trees, from `roots` (T, 3) to every one of `points` (T, 2^k, 3) in mm, generation after
-    generation; radii by Murray's law."""
+def bisect_tree(points: np.ndarray, roots: np.ndarray, root_radii: np.ndarray, rng:
+                np.random.Generator) -> Tree:
+    """T binary trees, from `roots` (T, 3) to every one of `points` (T, 2^k, 3) in mm, generation
+    after generation; radii by Murray's law."""
     tips, groups, radii, segments = roots, points, root_radii, []
     for _ in range(int(np.log2(points.shape[1])) + 1):
         way = groups.mean(1) - tips
         last = groups.shape[1] == 1
-        bend = 0 if last else rng.normal(0, 0.06, way.shape) * np.linalg.norm(way, axis=1, keepdims=True)
+        bend = 0 if last else rng.normal(0, 0.06, way.shape) * np.linalg.norm(way, axis=1,
+                                                                              keepdims=True)
         ends = tips + (1.0 if last else 0.45) * way + bend
         segments.append(Tree(tips, ends, radii))
         if not last:
-            groups, tips, radii = (
-                _halve(groups, rng),
-                np.repeat(ends, 2, 0),
-                np.repeat(radii * 0.5 ** (1 / 2.6), 2),
-            )
+            groups, tips, radii = (_halve(groups, rng), np.repeat(ends, 2, 0), np.repeat(radii * 0.5
+                                                                                         ** (1 /
+                                                                                             2.6),
+                                                                                         2))
     return _join(*segments)
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-029
 def _scatter(anatomy: Anatomy, n: int, rng: np.random.Generator) -> np.ndarray:
-    """(2, n, 3) points in mm inside the right and the left lung, at least 6 mm below the surface."""
+    """(2, n, 3) points in mm inside the right and the left lung, at least 6 mm below the
+    surface."""
     box = rng.uniform(
         (0, -anatomy.half_depth, 0.02), (anatomy.half_width, anatomy.half_depth, 1.0), (2, 4 * n, 3)
     )
@@ -314,11 +301,12 @@ def _hila(anatomy: Anatomy) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def lung_trees(anatomy: Anatomy, seed: int) -> tuple[Tree, Tree]:
-    """(vessels, airways) of both lungs: arteries and veins with about 3,000 segments a lung, and the larger
-    bronchi beside the arteries."""
+    """(vessels, airways) of both lungs: arteries and veins with about 3,000 segments a lung, and
+    the larger bronchi beside the arteries."""
     rng, roots = np.random.default_rng([seed, 2]), _hila(anatomy)
     arteries = bisect_tree(_scatter(anatomy, 1024, rng), roots, rng.uniform(6.5, 8.0, 2), rng)
-    veins = bisect_tree(_scatter(anatomy, 512, rng), roots + (0, -10, 12), rng.uniform(6.0, 7.5, 2), rng)
+    veins = bisect_tree(_scatter(anatomy, 512, rng), roots + (0, -10, 12), rng.uniform(6.0, 7.5, 2),
+                        rng)
     starts, ends, radii = (part[: 2 * 255] for part in arteries)  # eight generations in two lungs
     beside = rng.normal(0, 1, 3)
     beside = 1.6 * radii[:, None] * beside / np.linalg.norm(beside)
@@ -336,13 +324,13 @@ def _beads(tree: Tree, step: float) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.linalg.norm(tree.ends - tree.starts, axis=1)
     counts = np.maximum(2, np.ceil(lengths / step).astype(int) + 1)
     which = np.repeat(np.arange(len(counts)), counts)
-    along = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) / (counts[which] - 1)
+    along = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts,
+                                                 counts)) / (counts[which] - 1)
     return tree.starts[which] + along[:, None] * (tree.ends - tree.starts)[which], tree.radii[which]
 
 
-def _paint_layer(
-    cover: np.ndarray, points: np.ndarray, radii: np.ndarray, layer: np.ndarray, grid: Grid
-) -> None:
+def _paint_layer(cover: np.ndarray, points: np.ndarray, radii: np.ndarray, layer: np.ndarray, grid:
+                 Grid) -> None:
     """Paint balls into the slices `layer` (one number for each ball) of `cover`, in place."""
     near = (layer >= 0) & (layer < grid.t.size)
     points, radii, layer = points[near], radii[near], layer[near]
@@ -358,15 +346,17 @@ def _paint_layer(
     )
     span = np.arange(-(half := int(np.ceil(radius.max() + 0.5))), half + 1)
     rows, columns = np.rint(row).astype(int) + span[:, None], np.rint(column).astype(int) + span
-    part = np.clip(radius - np.hypot(rows - row, columns - column) + 0.5, 0, 1) * np.minimum(1, 2 * radius)
-    inside = (part > 0) & (rows >= 0) & (rows < cover.shape[1]) & (columns >= 0) & (columns < cover.shape[2])
+    part = np.clip(radius - np.hypot(rows - row, columns - column) + 0.5, 0, 1) * np.minimum(1, 2 *
+                                                                                             radius)
+    inside = (part > 0) & (rows >= 0) & (rows < cover.shape[1]) & (columns >= 0) & (columns <
+                                                                                    cover.shape[2])
     flat = (layer[:, None, None] * cover.shape[1] + rows) * cover.shape[2] + columns
     np.maximum.at(cover.reshape(-1), flat[inside], part[inside])
 
 
 def paint_balls(points: np.ndarray, radii: np.ndarray, grid: Grid) -> np.ndarray:
-    """float64 (Z, H, W) in [0, 1]: the part of each voxel that balls at `points` (M, 3) mm with `radii` (M,)
-    mm cover."""
+    """float64 (Z, H, W) in [0, 1]: the part of each voxel that balls at `points` (M, 3) mm with
+    `radii` (M,) mm cover."""
     cover = np.zeros(grid.shape)
     step = grid.z.flat[1] - grid.z.flat[0] if grid.t.size > 1 else np.inf
     nearest = np.rint((points[:, 2] - grid.z.flat[0]) / step).astype(int)
@@ -395,26 +385,20 @@ def _blend(hu: np.ndarray, value, weight: np.ndarray) -> np.ndarray:
 
 def _body_depth(anatomy: Anatomy, x, y, t) -> np.ndarray:
     shrink = 1 - 0.10 * np.clip(0.5 - t, 0, 1) ** 2
-    return _superellipse(
-        x,
-        y - 5,
-        (anatomy.half_width + anatomy.wall) * shrink,
-        anatomy.half_depth + 0.8 * anatomy.wall + 6,
-        2.3,
-    )
+    return _superellipse(x, y - 5, (anatomy.half_width + anatomy.wall) * shrink, anatomy.half_depth
+                         + 0.8 * anatomy.wall + 6, 2.3)
 
 
-def _chest_wall(
-    anatomy: Anatomy, grid: Grid, cage: np.ndarray, body: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def _chest_wall(anatomy: Anatomy, grid: Grid, cage: np.ndarray, body: np.ndarray, rng:
+                np.random.Generator) -> np.ndarray:
     """HU of air, skin, fat and muscle."""
-    hu = _blend(np.full(grid.shape, -1000.0), -105 + 8 * smooth_noise(rng, grid, 9), _part(body, grid))
+    hu = _blend(np.full(grid.shape, -1000.0), -105 + 8 * smooth_noise(rng, grid, 9), _part(body,
+                                                                                           grid))
     shoulder = 30 * np.maximum(0, 0.35 - grid.t) + 8 * np.exp(-(((np.abs(grid.x) - 60) / 45) ** 2))
     thickness = anatomy.muscle * (1 + 0.35 * smooth_noise(rng, grid, 40)) + shoulder
     streaks = np.clip(0.9 + 0.5 * smooth_noise(rng, grid, 12), 0, 1)
-    hu = _blend(
-        hu, 52 + 8 * smooth_noise(rng, grid, 7), streaks * _part(np.minimum(cage + thickness, body - 6), grid)
-    )
+    muscle = streaks * _part(np.minimum(cage + thickness, body - 6), grid)
+    hu = _blend(hu, 52 + 8 * smooth_noise(rng, grid, 7), muscle)
     return _blend(hu, 15.0, _part(np.minimum(body, 2.2 - body), grid))
 
 
@@ -438,38 +422,29 @@ def _vertebra(anatomy: Anatomy, x, y, t) -> list[tuple[np.ndarray, np.ndarray | 
     transverse = np.minimum(4 - np.abs(back - 21 - 0.15 * np.abs(x)), 30 - np.abs(x))
     spinous = np.minimum(3.5 - np.abs(x), np.minimum(back - 20, 52 - back))
     canal = np.hypot(x, back - 22)
-    return [
-        (np.where(phase > -0.2, transverse, -9), 360.0),
-        (13 - canal, 380.0),
-        (spinous, 330.0),
-        (8 - canal, 30.0),
-        (body, np.where(bone, 430.0, 110.0)),
-        (body - 2.2, np.where(bone, 190.0, 95.0)),
-    ]
+    return [(np.where(phase > -0.2, transverse, -9), 360.0), (13 - canal, 380.0), (spinous, 330.0),
+            (8 - canal, 30.0), (body, np.where(bone, 430.0, 110.0)), (body - 2.2, np.where(bone,
+                                                                                           190.0,
+                                                                                           95.0))]
 
 
 def _bones(anatomy: Anatomy, grid: Grid, hu: np.ndarray, cage: np.ndarray) -> np.ndarray:
     x, y, t = grid.x, grid.y, grid.t
     ribs = _rib_points(anatomy)
     ribs = ribs[_touches(grid, ribs[:, 2], ribs[:, 2], 6)]
-    blade = np.minimum(
-        3.2 - np.abs(cage + 19), np.minimum(np.abs(x) - 52, np.minimum(y - 8, 0.62 * anatomy.half_depth - y))
-    )
+    blade = np.minimum(np.abs(x) - 52, np.minimum(y - 8, 0.62 * anatomy.half_depth - y))
+    blade = np.minimum(3.2 - np.abs(cage + 19), blade)
     front = _half_axes(anatomy, np.maximum(t, 0.1))[1] + 10
     sternum = np.where((t > 0.1) & (t < 0.8), 6.5 - np.hypot(6.5 * x / 17, y + front), -9)
-    parts = [
-        (np.where(t < 0.46, blade, -9), 380.0),
-        (sternum, 330.0),
-        (sternum - 1.8, 130.0),
-        *_vertebra(anatomy, x, y, t),
-    ]
+    parts = [(np.where(t < 0.46, blade, -9), 380.0), (sternum, 330.0), (sternum - 1.8, 130.0),
+             *_vertebra(anatomy, x, y, t)]
     for radius, value in ((5.2, 480.0), (3.0, 190.0)):
         hu = _blend(hu, value, paint_balls(ribs, np.full(len(ribs), radius), grid))
     for depth, value in parts:
         hu = _blend(hu, value, _part(depth, grid))
     return hu
 
-# %% ../../nbs/1_data/01_phantom.ipynb #cell-038
+
 def _tube(anatomy: Anatomy, path: list[tuple[float, float, float]], radius: float) -> Tree:
     points = np.array(path, float) * (1, 1, anatomy.height)
     return Tree(points[:-1], points[1:], np.full(len(points) - 1, radius))
@@ -478,21 +453,15 @@ def _tube(anatomy: Anatomy, path: list[tuple[float, float, float]], radius: floa
 def _great_vessels(anatomy: Anatomy) -> Tree:
     """Aorta, upper caval vein, pulmonary arteries, and the gullet, which has the same density."""
     s = _spine_y(anatomy)
-    aorta = [
-        (2, -22, 0.58),
-        (-6, -20, 0.36),
-        (4, -12, 0.28),
-        (20, s - 20, 0.30),
-        (24, s - 14, 0.36),
-        (18, s - 16, 1.1),
-    ]
+    aorta = [(2, -22, 0.58), (-6, -20, 0.36), (4, -12, 0.28), (20, s - 20, 0.30), (24, s - 14,
+                                                                                   0.36), (18, s -
+                                                                                           16, 1.1)]
     right = [(16, -34, 0.5), (14, -18, 0.43), (-8, -6, 0.44), (-34, 4, 0.45)]
-    paths = [
-        (aorta, 12.0),
-        ([(-25, -14, 0.12), (-26, -14, 0.55)], 8.0),
-        (right, 9.0),
-        ([(14, -18, 0.43), (37, 6, 0.41)], 9.0),
-    ]
+    paths = [(aorta, 12.0), ([(-25, -14, 0.12), (-26, -14, 0.55)], 8.0), (right, 9.0), ([(14, -18,
+                                                                                          0.43),
+                                                                                         (37, 6,
+                                                                                          0.41)],
+                                                                                        9.0)]
     gullet = ([(7, s - 30, -0.1), (9, s - 28, 1.1)], 6.0)
     return _join(*(_tube(anatomy, path, radius) for path, radius in [*paths, gullet]))
 
@@ -507,32 +476,30 @@ def _central_airways(anatomy: Anatomy) -> Tree:
     )
 
 
-def _organs(
-    anatomy: Anatomy, grid: Grid, hu: np.ndarray, cage: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def _organs(anatomy: Anatomy, grid: Grid, hu: np.ndarray, cage: np.ndarray, rng:
+            np.random.Generator) -> np.ndarray:
     """HU of everything inside the rib cage that is not lung."""
     where = grid.x, grid.y, grid.t
     inside = _part(cage + 2, grid)
     hu = _blend(hu, -85 + 14 * smooth_noise(rng, grid, 8), inside)
     hu = _blend(hu, 25.0, inside * np.clip(smooth_noise(rng, grid, 14) - 0.5, 0, 0.7))
-    hu = _blend(hu, 42 + 6 * smooth_noise(rng, grid, 10), _part(-_outside_heart(anatomy, *where) - 3, grid))
+    hu = _blend(hu, 42 + 6 * smooth_noise(rng, grid, 10), _part(-_outside_heart(anatomy, *where) -
+                                                                3, grid))
     hu = _blend(hu, 44.0, _paint_tree(_great_vessels(anatomy), grid))
-    below = np.minimum(
-        np.minimum(-_above_diaphragm(anatomy, *where) - 1, cage - 1), _outside_mediastinum(anatomy, *where)
-    )
-    return _blend(hu, np.where(grid.x < 15, 58.0, 40.0) + 6 * smooth_noise(rng, grid, 9), _part(below, grid))
+    below = np.minimum(-_above_diaphragm(anatomy, *where) - 1, cage - 1)
+    below = np.minimum(below, _outside_mediastinum(anatomy, *where))
+    return _blend(hu, np.where(grid.x < 15, 58.0, 40.0) + 6 * smooth_noise(rng, grid, 9),
+                  _part(below, grid))
 
 
-def _surroundings(
-    anatomy: Anatomy, grid: Grid, cage: np.ndarray, body: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def _surroundings(anatomy: Anatomy, grid: Grid, cage: np.ndarray, body: np.ndarray, rng:
+                  np.random.Generator) -> np.ndarray:
     hu = _organs(anatomy, grid, _chest_wall(anatomy, grid, cage, body, rng), cage, rng)
     return _bones(anatomy, grid, hu, cage)
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-041
-def _lung_tissue(
-    anatomy: Anatomy, grid: Grid, cage: np.ndarray, fissure_mm: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def _lung_tissue(anatomy: Anatomy, grid: Grid, cage: np.ndarray, fissure_mm: np.ndarray, rng:
+                 np.random.Generator) -> np.ndarray:
     """HU of healthy lung between the vessels: gravity, texture, fissures, emphysema, dependent
     atelectasis."""
     texture = 16 * smooth_noise(rng, grid, 25) + 14 * smooth_noise(rng, grid, 5)
@@ -541,14 +508,14 @@ def _lung_tissue(
     hu = hu + 60 * np.exp(-((fissure_mm / 1.6) ** 2))
     low = np.clip((grid.y - 0.25 * anatomy.half_depth) / (0.5 * anatomy.half_depth), 0, 1)
     near = np.exp(-np.maximum(cage, 0) / (3 + 4 * anatomy.atelectasis))
-    return hu + 420 * anatomy.atelectasis * low * near * np.clip(
-        0.7 + 0.5 * smooth_noise(rng, grid, 18), 0, 1.4
-    )
+    return hu + 420 * anatomy.atelectasis * low * near * np.clip(0.7 + 0.5 * smooth_noise(rng, grid,
+                                                                                          18), 0,
+                                                                 1.4)
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-043
 class Request(NamedTuple):
-    """What is asked of a phantom: extents as fractions of the lungs, the subpleural share of consolidation,
-    noise and blur."""
+    """What is asked of a phantom: extents as fractions of the lungs, the subpleural share of
+    consolidation, noise and blur."""
 
     ggo_fraction: float = 0.15
     consolidation_fraction: float = 0.05
@@ -560,28 +527,22 @@ class Request(NamedTuple):
         """Itself, or ConfigError that names the value that cannot be met."""
         for name in ("ggo_fraction", "consolidation_fraction", "subpleural"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"phantom: {name} is out of range",
-                    found=getattr(self, name),
-                    expected="a fraction in [0, 1]",
-                )
+                raise ConfigError(f"phantom: {name} is out of range", found=getattr(self, name),
+                                  expected="a fraction in [0, 1]")
         if self.ggo_fraction + self.consolidation_fraction > 1:
-            raise ConfigError(
-                "phantom: more disease than lung",
-                found=f"{self.ggo_fraction} + {self.consolidation_fraction}",
-                expected="a sum of at most 1",
-            )
+            raise ConfigError("phantom: more disease than lung",
+                              found=f"{self.ggo_fraction} + {self.consolidation_fraction}",
+                              expected="a sum of at most 1")
         for name in ("noise_hu", "blur_px"):
             if not 0 <= getattr(self, name) < np.inf:
-                raise ConfigError(
-                    f"phantom: {name} is out of range", found=getattr(self, name), expected="a number >= 0"
-                )
+                raise ConfigError(f"phantom: {name} is out of range", found=getattr(self, name),
+                                  expected="a number >= 0")
         return self
 
 
 class Disease(NamedTuple):
-    """Masks of both classes and how far each has replaced the tissue (at least one half exactly inside its
-    mask)."""
+    """Masks of both classes and how far each has replaced the tissue (at least one half exactly
+    inside its mask)."""
 
     ggo: np.ndarray
     consolidation: np.ndarray
@@ -590,8 +551,8 @@ class Disease(NamedTuple):
 
 
 def take_top(field: np.ndarray, allowed: np.ndarray, count: int) -> tuple[np.ndarray, float]:
-    """The `count` voxels of `allowed` where `field` is highest, as a mask, and the threshold that selects
-    them (inf for none)."""
+    """The `count` voxels of `allowed` where `field` is highest, as a mask, and the threshold that
+    selects them (inf for none)."""
     values = field[allowed]
     if (count := min(count, values.size)) == 0:
         return np.zeros(field.shape, bool), np.inf
@@ -599,45 +560,45 @@ def take_top(field: np.ndarray, allowed: np.ndarray, count: int) -> tuple[np.nda
     return allowed & (field >= threshold), float(threshold)
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-045
-def _foci(
-    anatomy: Anatomy, grid: Grid, depth: np.ndarray, cage: np.ndarray, n: int, subpleural: bool, rng
-) -> np.ndarray:
-    """n lung points (n, 3) in mm: more at the back and the base, and near the chest wall or away from it."""
+def _foci(anatomy: Anatomy, grid: Grid, depth: np.ndarray, cage: np.ndarray, n: int, subpleural:
+          bool, rng) -> np.ndarray:
+    """n lung points (n, 3) in mm: more at the back and the base, and near the chest wall or away
+    from it."""
     flat = np.flatnonzero(depth > 0)
     layer, row, column = np.unravel_index(flat, grid.shape)
     points = np.stack((grid.x.ravel()[column], grid.y.ravel()[row], grid.z.ravel()[layer]), 1)
-    gravity = np.exp(points[:, 1] / (0.8 * anatomy.half_depth) + 0.6 * points[:, 2] / anatomy.height)
-    place = np.exp(-np.maximum(cage.flat[flat], 0) / 5) if subpleural else (depth.flat[flat] > 12) + 1e-3
+    gravity = np.exp(points[:, 1] / (0.8 * anatomy.half_depth) + 0.6 * points[:, 2] /
+                     anatomy.height)
+    place = np.exp(-np.maximum(cage.flat[flat], 0) / 5) if subpleural else (depth.flat[flat] >
+                                                                            12) + 1e-3
     weight = gravity * place
     return points[rng.choice(len(flat), n, p=weight / weight.sum())]
 
 
-def _lesion_field(
-    anatomy: Anatomy, grid: Grid, depth, cage, subpleural: bool, radius: tuple[float, float], rng
-) -> np.ndarray:
-    """Bumps of `radius` (smallest, largest) mm around random foci, roughened by noise of two sizes; higher is
-    more diseased."""
+def _lesion_field(anatomy: Anatomy, grid: Grid, depth, cage, subpleural: bool, radius: tuple[float,
+                                                                                             float],
+                  rng) -> np.ndarray:
+    """Bumps of `radius` (smallest, largest) mm around random foci, roughened by noise of two sizes;
+    higher is more diseased."""
     n = int(rng.integers(3, 7)) + (6 if grid.t.size > 1 else 0)
     field = np.full(grid.shape, -3.0)
-    for (x, y, z), (a, b, c) in zip(
-        _foci(anatomy, grid, depth, cage, n, subpleural, rng), rng.uniform(*radius, (n, 3))
-    ):
+    for (x, y, z), (a, b, c) in zip(_foci(anatomy, grid, depth, cage, n, subpleural, rng),
+                                    rng.uniform(*radius, (n, 3))):
         bump = 1 - ((grid.x - x) / a) ** 2 - ((grid.y - y) / b) ** 2 - ((grid.z - z) / c) ** 2
         np.maximum(field, bump, out=field)
     return field + 0.6 * smooth_noise(rng, grid, 16) + 0.35 * smooth_noise(rng, grid, 6)
 
 
 def _ramp(field: np.ndarray, threshold: float, width: float) -> np.ndarray:
-    """How far a lesion has replaced the tissue: one half at the threshold, 0 and 1 at half a width below and
-    above."""
-    return (
-        np.clip(0.5 + (field - threshold) / width, 0, 1) if np.isfinite(threshold) else np.zeros(field.shape)
-    )
+    """How far a lesion has replaced the tissue: one half at the threshold, 0 and 1 at half a width
+    below and above."""
+    if not np.isfinite(threshold):
+        return np.zeros(field.shape)
+    return np.clip(0.5 + (field - threshold) / width, 0, 1)
 
 
-def _consolidation(
-    anatomy: Anatomy, grid: Grid, depth, cage, request: Request, rng
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _consolidation(anatomy: Anatomy, grid: Grid, depth, cage, request: Request,
+                   rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mask, weight, nearness) of consolidation; nearness is 0 at its rim and negative outside."""
     lungs, deep = depth > 0, depth > 7
     total = round(request.consolidation_fraction * int(lungs.sum()))
@@ -652,16 +613,16 @@ def _consolidation(
     return outer_mask | inner_mask, weight, np.maximum(hug - outer_cut, core - inner_cut)
 
 
-def draw_disease(
-    anatomy: Anatomy, grid: Grid, depth, cage, request: Request, rng: np.random.Generator
-) -> Disease:
-    """Consolidation, then ground glass around it and elsewhere, each of exactly the extent that `request`
-    asks for."""
+def draw_disease(anatomy: Anatomy, grid: Grid, depth, cage, request: Request, rng:
+                 np.random.Generator) -> Disease:
+    """Consolidation, then ground glass around it and elsewhere, each of exactly the extent that
+    `request` asks for."""
     lungs = depth > 0
     if not lungs.any():
         return Disease(lungs, lungs, np.zeros(grid.shape), np.zeros(grid.shape))
     solid, solid_weight, nearness = _consolidation(anatomy, grid, depth, cage, request, rng)
-    field = _lesion_field(anatomy, grid, depth, cage, rng.random() < request.subpleural, (14, 42), rng)
+    field = _lesion_field(anatomy, grid, depth, cage, rng.random() < request.subpleural, (14, 42),
+                          rng)
     field = np.maximum(field, 0.9 + 0.9 * nearness + 0.25 * field)
     ggo, cut = take_top(field, lungs & ~solid, round(request.ggo_fraction * int(lungs.sum())))
     return Disease(ggo, solid, _ramp(field, cut, rng.uniform(0.5, 1.2)), solid_weight)
@@ -677,18 +638,15 @@ class Tubes(NamedTuple):
 
 def _lung_tubes(anatomy: Anatomy, grid: Grid, seed: int) -> Tubes:
     vessels, airways = lung_trees(anatomy, seed)
-    return Tubes(
-        _paint_tree(vessels, grid),
-        _paint_tree(airways, grid),
-        _paint_tree(airways._replace(radii=airways.radii + 0.9), grid),
-    )
+    return Tubes(_paint_tree(vessels, grid), _paint_tree(airways, grid),
+                 _paint_tree(airways._replace(radii=airways.radii + 0.9), grid))
 
 
-def _diseased_tissue(
-    grid: Grid, tissue: np.ndarray, disease: Disease, tubes: Tubes, rng: np.random.Generator
-) -> np.ndarray:
+def _diseased_tissue(grid: Grid, tissue: np.ndarray, disease: Disease, tubes: Tubes, rng:
+                     np.random.Generator) -> np.ndarray:
     """Ground glass, vessels over it, consolidation over both, airways through everything; HU."""
-    haze = rng.uniform(-600, -400) + 45 * smooth_noise(rng, grid, 5) + 30 * smooth_noise(rng, grid, 12)
+    haze = rng.uniform(-600, -400) + 45 * smooth_noise(rng, grid, 5) + 30 * smooth_noise(rng, grid,
+                                                                                         12)
     solid = rng.uniform(20, 55) + 14 * smooth_noise(rng, grid, 6)
     hu = _blend(tissue, np.maximum(haze, tissue), disease.ggo_weight)
     hu = _blend(hu, 35.0, tubes.vessels)
@@ -697,21 +655,24 @@ def _diseased_tissue(
     return _blend(hu, -960.0, tubes.airways)
 
 
-def _scan(
-    anatomy: Anatomy, grid: Grid, hu: np.ndarray, request: Request, rng: np.random.Generator
-) -> np.ndarray:
+def _scan(anatomy: Anatomy, grid: Grid, hu: np.ndarray, request: Request, rng:
+          np.random.Generator) -> np.ndarray:
     """Heart motion, point spread, correlated noise and rounding: float32 whole HU >= -1024."""
-    near_heart = anatomy.motion * np.exp(-np.maximum(_outside_heart(anatomy, grid.x, grid.y, grid.t), 0) / 14)
+    near_heart = anatomy.motion * np.exp(-np.maximum(_outside_heart(anatomy, grid.x, grid.y,
+                                                                    grid.t), 0) / 14)
     hu = _blend(hu, uniform_filter1d(hu, 1 + 2 * round(5 / grid.pixel_mm), axis=2), near_heart)
     hu = gaussian_filter(hu, (0, request.blur_px, request.blur_px))
     noise = gaussian_filter(rng.standard_normal(grid.shape), (0, 0.6, 0.6))
-    return np.rint(np.maximum(hu + request.noise_hu * noise / noise.std(), -1024)).astype(np.float32)
+    return np.rint(np.maximum(hu + request.noise_hu * noise / noise.std(),
+                              -1024)).astype(np.float32)
 
 
 def _render(seed: int, anatomy: Anatomy, grid: Grid, request: Request, stream: int) -> Phantom:
-    """Build and scan one patient on one grid; `stream` separates the random textures of several slices of a
-    patient."""
-    texture, illness, scanner = (np.random.default_rng([seed, purpose, stream]) for purpose in (3, 4, 5))
+    """Build and scan one patient on one grid; `stream` separates the random textures of several
+    slices of a patient."""
+    texture, illness, scanner = (np.random.default_rng([seed, purpose, stream]) for purpose in (3,
+                                                                                                4,
+                                                                                                5))
     where = anatomy, grid.x, grid.y, grid.t
     cage, body = _cage(*where), _body_depth(*where)
     depth = lung_depth(*where, cage)
@@ -721,29 +682,21 @@ def _render(seed: int, anatomy: Anatomy, grid: Grid, request: Request, stream: i
     )
     tubes = _lung_tubes(anatomy, grid, seed)
     disease = draw_disease(anatomy, grid, depth, cage, request, illness)
-    tissue = _diseased_tissue(
-        grid, _lung_tissue(anatomy, grid, cage, fissure_mm, texture), disease, tubes, illness
-    )
+    tissue = _diseased_tissue(grid, _lung_tissue(anatomy, grid, cage, fissure_mm, texture), disease,
+                              tubes, illness)
     hu = _blend(_surroundings(anatomy, grid, cage, body, texture), tissue, _part(depth, grid))
     central = _central_airways(anatomy)
     trachea = _paint_tree(central, grid)
-    hu = _blend(
-        _blend(hu, 30.0, _paint_tree(central._replace(radii=central.radii + 2), grid)), -985.0, trachea
-    )
-    labels = GGO * disease.ggo.astype(np.uint8) + CONSOLIDATION * disease.consolidation.astype(np.uint8)
+    hu = _blend(_blend(hu, 30.0, _paint_tree(central._replace(radii=central.radii + 2), grid)),
+                -985.0, trachea)
+    labels = GGO * disease.ggo.astype(
+        np.uint8) + CONSOLIDATION * disease.consolidation.astype(np.uint8)
     airways = np.maximum(trachea, np.where(depth > 0, tubes.airways, 0)) > 0.5
-    maps = {
-        "lungs": lungs,
-        "lobes": lobes,
-        "vessels": (tubes.vessels > 0.5) & (depth > 0),
-        "airways": airways,
-        "labels": labels,
-        "body": body > 0,
-    }
+    maps = {"lungs": lungs, "lobes": lobes, "vessels": (tubes.vessels > 0.5) & (depth > 0),
+            "airways": airways, "labels": labels, "body": body > 0}
     spacing = (grid.slice_mm, grid.pixel_mm, grid.pixel_mm)
-    return Phantom(
-        _scan(anatomy, grid, hu, request, scanner), **maps, spacing_mm=spacing, affine=grid.affine, seed=seed
-    )
+    return Phantom(_scan(anatomy, grid, hu, request, scanner), **maps, spacing_mm=spacing,
+                   affine=grid.affine, seed=seed)
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-052
 def _check(seed: int, shape: tuple[int, ...]) -> None:
@@ -751,71 +704,53 @@ def _check(seed: int, shape: tuple[int, ...]) -> None:
     if not (isinstance(seed, (int, np.integer)) and seed >= 0):
         raise ConfigError("phantom: the seed must be a whole number >= 0", found=repr(seed))
     if min(shape[-2:]) < 32 or (len(shape) == 3 and shape[0] < 2):
-        raise ConfigError(
-            "phantom: too small",
-            found=tuple(shape),
-            expected="at least 32 x 32 pixels, and 2 slices for a volume",
-        )
+        raise ConfigError("phantom: too small", found=tuple(shape),
+                          expected="at least 32 x 32 pixels, and 2 slices for a volume")
 
 
 _MAPS = ("hu", "lungs", "lobes", "vessels", "airways", "labels", "body")
 
 
-def phantom_slice(
-    seed: int = 0,
-    size: int = 192,
-    *,
-    ggo_fraction: float = 0.15,
-    consolidation_fraction: float = 0.05,
-    subpleural: float = 0.5,
-    noise_hu: float = 25.0,
-    blur_px: float = 0.7,
-    level: float | None = None,
-) -> Phantom:
-    """One axial slice, size x size, of the patient `seed`; the fractions are of the lungs in this slice.
+def phantom_slice(seed: int = 0, size: int = 192, *, ggo_fraction: float = 0.15,
+                  consolidation_fraction: float = 0.05, subpleural: float = 0.5, noise_hu: float =
+                  25.0, blur_px: float = 0.7, level: float | None = None) -> Phantom:
+    """One axial slice, size x size, of the patient `seed`; the fractions are of the lungs in this
+    slice.
 
-    `level` from 0 (apex) to 1 (base), drawn from 0.40 to 0.68 when None; `subpleural` is the share of the
-    consolidation at the chest wall;
-    `noise_hu` the noise standard deviation; `blur_px` the sigma of the point spread. Raises ConfigError for
-    what cannot be met."""
+    `level` from 0 (apex) to 1 (base), drawn from 0.40 to 0.68 when None; `subpleural` is the share
+    of the consolidation at the chest wall; `noise_hu` the noise standard deviation; `blur_px` the
+    sigma of the point spread. Raises ConfigError for what cannot be met."""
     _check(seed, (size, size))
     request = Request(ggo_fraction, consolidation_fraction, subpleural, noise_hu, blur_px).check()
     level = float(np.random.default_rng([seed, 6]).uniform(0.40, 0.68)) if level is None else level
     anatomy = draw_anatomy(seed)
     grid = make_grid(anatomy, (1, size, size), [level], slice_mm=5.0)
     whole = _render(seed, anatomy, grid, request, stream=round(1000 * level) % 2**32)
-    return replace(
-        whole, spacing_mm=whole.spacing_mm[1:], **{name: getattr(whole, name)[0] for name in _MAPS}
-    )
+    return replace(whole, spacing_mm=whole.spacing_mm[1:], **{name: getattr(whole, name)[0] for name
+                                                              in _MAPS})
 
 
 def demo_slice() -> Phantom:
-    """The slice that reappears in every notebook: seed 7, 192 x 192, with ground glass and consolidation."""
+    """The slice that reappears in every notebook: seed 7, 192 x 192, with ground glass and
+    consolidation."""
     return phantom_slice(seed=7, size=192)
 
-# %% ../../nbs/1_data/01_phantom.ipynb #cell-054
+
 def to_uint8(hu: np.ndarray, level: float = -600.0, width: float = 1500.0) -> np.ndarray:
-    """uint8 grey values of HU seen through a window: 0 at level - width/2 and below, 255 at level + width/2
-    and above."""
+    """uint8 grey values of HU seen through a window: 0 at level - width/2 and below, 255 at level +
+    width/2 and above."""
     grey = (np.asarray(hu, np.float64) - (level - width / 2)) / width
     return np.rint(255 * np.clip(grey, 0, 1)).astype(np.uint8)
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-058
-def phantom_volume(
-    seed: int = 0,
-    shape: tuple[int, int, int] = (32, 192, 192),
-    *,
-    ggo_fraction: float = 0.15,
-    consolidation_fraction: float = 0.05,
-    subpleural: float = 0.5,
-    noise_hu: float = 25.0,
-    blur_px: float = 0.7,
-) -> Phantom:
-    """A volume (Z, H, W) of the patient `seed`, slice 0 below the lungs and the last one above them;
-    fractions are of both lungs.
+def phantom_volume(seed: int = 0, shape: tuple[int, int, int] = (32, 192, 192), *, ggo_fraction:
+                   float = 0.15, consolidation_fraction: float = 0.05, subpleural: float = 0.5,
+                   noise_hu: float = 25.0, blur_px: float = 0.7) -> Phantom:
+    """A volume (Z, H, W) of the patient `seed`, slice 0 below the lungs and the last one above
+    them; fractions are of both lungs.
 
-    Options as in phantom_slice. `spacing_mm` is (slice, row, column). Raises ConfigError for what cannot be
-    met."""
+    Options as in phantom_slice. `spacing_mm` is (slice, row, column). Raises ConfigError for what
+    cannot be met."""
     _check(seed, shape)
     request = Request(ggo_fraction, consolidation_fraction, subpleural, noise_hu, blur_px).check()
     anatomy = draw_anatomy(seed)
@@ -831,54 +766,28 @@ def _severity(rng: np.random.Generator) -> tuple[float, float]:
     return float(np.clip(rng.beta(1.3, 4.5), 0.02, 0.6)), float(0.3 * rng.beta(1.0, 4.0))
 
 
-def _patient_slice(
-    seed: int, size: int, level: float, severity: tuple[float, float], rng: np.random.Generator
-) -> Phantom:
+def _patient_slice(seed: int, size: int, level: float, severity: tuple[float, float], rng:
+                   np.random.Generator) -> Phantom:
     ggo, consolidation = (share * rng.uniform(0.6, 1.4) for share in severity)
-    options = {
-        "subpleural": rng.uniform(0, 1),
-        "noise_hu": rng.uniform(15, 45),
-        "blur_px": rng.uniform(0.5, 1.0),
-    }
-    return phantom_slice(
-        seed, size, ggo_fraction=ggo, consolidation_fraction=consolidation, level=level, **options
-    )
+    options = {"subpleural": rng.uniform(0, 1), "noise_hu": rng.uniform(15, 45), "blur_px":
+               rng.uniform(0.5, 1.0)}
+    return phantom_slice(seed, size, ggo_fraction=ggo, consolidation_fraction=consolidation,
+                         level=level, **options)
 
 
-def phantom_patients(n: int, seed: int, size: int, slices_per_patient: int = 2) -> list[tuple[str, Phantom]]:
-    """`n` patients with `slices_per_patient` slices each, as (patient id, slice), apex first within a
-    patient.
+def phantom_patients(
+    n: int, seed: int, size: int, slices_per_patient: int = 2) -> list[tuple[str, Phantom]]:
+    """`n` patients with `slices_per_patient` slices each, as (patient id, slice), apex first within
+    a patient.
 
-    Different `seed` values give different patients. Every patient has its own anatomy, severity, noise and
-    levels (0.25 to 0.80)."""
+    Different `seed` values give different patients. Every patient has its own anatomy, severity,
+    noise and levels (0.25 to 0.80)."""
     slices = []
     for patient in range(n):
         rng = np.random.default_rng([seed, patient, 7])
         own_seed, severity = int(rng.integers(2**31)), _severity(rng)
         for level in np.sort(rng.uniform(0.25, 0.80, slices_per_patient)):
-            slices.append(
-                (f"phantom-{seed}-{patient:03d}", _patient_slice(own_seed, size, float(level), severity, rng))
-            )
+            one = _patient_slice(own_seed, size, float(level), severity, rng)
+            slices.append((f"phantom-{seed}-{patient:03d}", one))
     return slices
 
-
-def crop_to_lungs(phantom: Phantom, margin: int = 8) -> Phantom:
-    """The part of a phantom around its lungs, `margin` pixels wider on each side where the image allows it;
-    the affine moves along.
-
-    Only rows and columns are cropped, never slices. Raises GeometryError where no lung is in view."""
-    rows, columns = (
-        np.flatnonzero(
-            phantom.lungs.any(axis=tuple(set(range(phantom.lungs.ndim)) - {phantom.lungs.ndim + axis}))
-        )
-        for axis in (-2, -1)
-    )
-    if rows.size == 0:
-        raise GeometryError(
-            "crop_to_lungs: no lung in view", found="an empty lung mask", expected="at least one lung pixel"
-        )
-    top, left = max(rows[0] - margin, 0), max(columns[0] - margin, 0)
-    window = (..., slice(top, rows[-1] + 1 + margin), slice(left, columns[-1] + 1 + margin))
-    affine = phantom.affine.copy()
-    affine[:3, 3] = (phantom.affine @ (left, top, 0, 1))[:3]
-    return replace(phantom, affine=affine, **{name: getattr(phantom, name)[window].copy() for name in _MAPS})

@@ -25,14 +25,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..core import (CONSOLIDATION, GGO, MAX_IMAGE_PIXELS, ConfigError, CovidSevError, IntensityError,
-                           MaskError, ReadError, check_choice)
+from ..core import (CONSOLIDATION, GGO, MAX_IMAGE_PIXELS, ConfigError, CovidSevError,
+                           IntensityError, MaskError, ReadError, check_choice)
 
 # %% ../../nbs/1_data/02_pictures.ipynb #b9788d7e
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 MIN_SIDE = 32  # pixels; nothing smaller is a slice
 MAX_FILE_BYTES = 4 * MAX_IMAGE_PIXELS
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError, IndexError, TypeError)
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError,
+           IndexError, TypeError)
 
 
 def describe_bytes(data: bytes) -> str:
@@ -44,7 +45,8 @@ def describe_bytes(data: bytes) -> str:
 
 
 def read_bytes(path: str | Path, most: int = MAX_FILE_BYTES) -> bytes:
-    """The content of a regular file; `ReadError` if it cannot be read, or has more than `most` bytes."""
+    """The content of a regular file; `ReadError` if it cannot be read, or has more than `most`
+    bytes."""
     try:
         size = os.stat(path).st_size
         if not os.path.isfile(path):  # a pipe or a device would be read for ever
@@ -56,22 +58,26 @@ def read_bytes(path: str | Path, most: int = MAX_FILE_BYTES) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         if isinstance(error, CovidSevError):
             raise
-        raise ReadError("the file cannot be read", file=path, found=getattr(error, "strerror", error)) from error
+        raise ReadError("the file cannot be read", file=path, found=getattr(error, "strerror",
+                                                                            error)) from error
 
 
 def _read_header(data: bytes, path: str | Path) -> Image.Image:
-    """The picture, not yet decoded; `ReadError` if it is none, or if its header claims an impossible size."""
+    """The picture, not yet decoded; `ReadError` if it is none, or if its header claims an
+    impossible size."""
     limits = f"sides of at least {MIN_SIDE}, and at most {MAX_IMAGE_PIXELS:,} pixels"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit, below, is lower
+            # our own limit, below, is lower
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "BMP", "TIFF"))
     except Image.DecompressionBombError as error:
-        raise ReadError("the picture is too large; nothing was decoded", file=path, found=str(error),
-                        expected=limits) from error
+        raise ReadError("the picture is too large; nothing was decoded", file=path,
+                        found=str(error), expected=limits) from error
     except (UnidentifiedImageError, *_DAMAGE) as error:
         raise ReadError("not a picture that can be read", file=path, found=describe_bytes(data),
-                        expected="PNG, JPEG, BMP or TIFF", fix="check the file; fetch it again") from error
+                        expected="PNG, JPEG, BMP or TIFF",
+                        fix="check the file; fetch it again") from error
     width, height = picture.size
     if width * height > MAX_IMAGE_PIXELS or min(width, height) < MIN_SIDE:
         raise ReadError("the picture is too large or too small; nothing was decoded", file=path,
@@ -80,11 +86,12 @@ def _read_header(data: bytes, path: str | Path) -> Image.Image:
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """The decoded picture at `path`, turned as its own tag says; `ReadError` if it is none, or not whole."""
+    """The decoded picture at `path`, turned as its own tag says; `ReadError` if it is none, or not
+    whole."""
     picture = _read_header(read_bytes(path), path)
     if getattr(picture, "n_frames", 1) != 1:
-        raise ReadError("the file holds several pictures", file=path, found=f"{picture.n_frames} pictures",
-                        expected="one slice in a file")
+        raise ReadError("the file holds several pictures", file=path,
+                        found=f"{picture.n_frames} pictures", expected="one slice in a file")
     try:
         picture.load()
         turned = ImageOps.exif_transpose(picture)
@@ -131,7 +138,8 @@ def _as_grey(picture: Image.Image, path: str | Path) -> np.ndarray:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """The CT slice in a picture file: uint8 (H, W), 0..255, at its own size and in its own orientation.
+    """The CT slice in a picture file: uint8 (H, W), 0..255, at its own size and in its own
+    orientation.
 
     `ReadError` (no picture, damaged, too large, 16-bit), `IntensityError` (colour, 1-bit)."""
     picture = _open_8bit(path)
@@ -142,14 +150,16 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_grey(path: str | Path) -> tuple[np.ndarray, int]:
-    """The stored values of a grey picture, float32 (H, W), and their bits: 8, or 16 for one grey channel."""
+    """The stored values of a grey picture, float32 (H, W), and their bits: 8, or 16 for one grey
+    channel."""
     picture = open_picture(path)
     if picture.mode.startswith("I"):
         return np.array(picture).astype(np.float32), 16
     return read_image(path).astype(np.float32), 8
 
 # %% ../../nbs/1_data/02_pictures.ipynb #8480af17
-COLOURS = {(0, 0, 0): 0, (128, 0, 0): GGO, (0, 128, 0): CONSOLIDATION}  # the palette of COVID-SemiSeg
+# the palette of COVID-SemiSeg
+COLOURS = {(0, 0, 0): 0, (128, 0, 0): GGO, (0, 128, 0): CONSOLIDATION}
 GREY_CODES = {"0/1/2": {0: 0, 1: GGO, 2: CONSOLIDATION},
               "0/38/75": {0: 0, 38: GGO, 75: CONSOLIDATION},  # the luminance of the two colours
               "0/255": {0: 0, 255: GGO}}
@@ -159,10 +169,11 @@ BINARY_ENCODINGS = ("1-bit", "0/255")
 def _refuse_values(path: str | Path, counts: dict[Any, int]) -> MaskError:
     """The error for a mask whose values fit no encoding, with values and counts."""
     listed = ", ".join(f"{value}: {count} px" for value, count in list(counts.items())[:8])
-    return MaskError("the values of this mask fit no known encoding", file=path,
-                     found=f"{len(counts)} values ({listed}{', ...' if len(counts) > 8 else ''})",
-                     expected="{0,1,2}, {0,255}, {0,38,75}, 1-bit, palette index, or the published colours",
-                     fix="save the mask without resizing and without JPEG; or give label_map or binarize")
+    return MaskError(
+        "the values of this mask fit no known encoding", file=path,
+        found=f"{len(counts)} values ({listed}{', ...' if len(counts) > 8 else ''})",
+        expected="{0,1,2}, {0,255}, {0,38,75}, 1-bit, palette index, or the published colours",
+        fix="save the mask without resizing and without JPEG; or give label_map or binarize")
 
 
 def _apply_codes(values: np.ndarray, codes: dict[int, int]) -> np.ndarray:
@@ -179,7 +190,8 @@ def _value_counts(values: np.ndarray) -> dict[int, int]:
 
 
 def _decode_grey(values: np.ndarray, path: str | Path) -> tuple[np.ndarray, str]:
-    """Labels and the name of the encoding of grey values; `MaskError` if no encoding has all of them."""
+    """Labels and the name of the encoding of grey values; `MaskError` if no encoding has all of
+    them."""
     counts = _value_counts(values)
     for name, codes in GREY_CODES.items():
         if counts.keys() <= codes.keys():
@@ -191,11 +203,13 @@ def _decode_colour(channels: np.ndarray, path: str | Path) -> tuple[np.ndarray, 
     """Labels of an RGB mask (H, W, 3): equal channels as grey, else by the published colours."""
     if (channels == channels[..., :1]).all():
         return _decode_grey(channels[..., 0], path)
-    found, places, counts = np.unique(channels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+    found, places, counts = np.unique(channels.reshape(-1, 3), axis=0, return_inverse=True,
+                                      return_counts=True)
     colours = [tuple(colour) for colour in found.tolist()]
     if not set(colours) <= COLOURS.keys():
         raise _refuse_values(path, dict(zip(colours, counts.tolist(), strict=True)))
-    return np.array([COLOURS[colour] for colour in colours], np.uint8)[places].reshape(channels.shape[:2]), "colour"
+    return np.array([COLOURS[colour] for colour in colours],
+                    np.uint8)[places].reshape(channels.shape[:2]), "colour"
 
 
 def _decode_palette(picture: Image.Image, path: str | Path) -> tuple[np.ndarray, str]:
@@ -207,16 +221,19 @@ def _decode_palette(picture: Image.Image, path: str | Path) -> tuple[np.ndarray,
     colours = {index: tuple(table[index].tolist()) for index in counts}
     distinct = set(colours.values()) if len(set(colours.values())) == len(colours) else {None}
     if distinct <= COLOURS.keys():  # right even if a program reordered the palette
-        return _apply_codes(indices, {index: COLOURS[colour] for index, colour in colours.items()}), "palette"
+        return _apply_codes(indices, {index: COLOURS[colour] for index, colour in
+                                      colours.items()}), "palette"
     if distinct <= {(0, 0, 0), (255, 255, 255)}:
-        return _apply_codes(indices, {index: colour[0] // 255 for index, colour in colours.items()}), "0/255"
+        return _apply_codes(indices, {index: colour[0] // 255 for index, colour in
+                                      colours.items()}), "0/255"
     if counts.keys() <= GREY_CODES["0/1/2"].keys():
         return indices.copy(), "palette"
     raise _refuse_values(path, counts)
 
 
 def decode_mask(path: str | Path) -> tuple[np.ndarray, str]:
-    """Labels uint8 (H, W) of a mask file, and the name of the encoding they were stored in; see the table above."""
+    """Labels uint8 (H, W) of a mask file, and the name of the encoding they were stored in; see the
+    table above."""
     picture = _open_8bit(path)
     if picture.mode == "1":
         return np.asarray(picture).astype(np.uint8), "1-bit"
@@ -237,15 +254,17 @@ def read_mask(path: str | Path, *, binarize: float | None = None) -> np.ndarray:
     """The infection mask in a picture file: bool (H, W). Takes every encoding of the table above.
 
     `binarize` reads any grey picture instead, True where the stored value is above it (0..255).
-    `MaskError` with values and counts if the values fit no encoding; `ReadError` if the file is damaged."""
+    `MaskError` with values and counts if the values fit no encoding; `ReadError` if the file is
+    damaged."""
     return decode_mask(path)[0] > 0 if binarize is None else raw_values(path) > binarize
 
 
 def read_labels(path: str | Path) -> np.ndarray:
-    """The class mask in a picture file: uint8 (H, W), 0 background, 1 ground glass, 2 consolidation.
+    """The class mask in a picture file: uint8 (H, W), 0 background, 1 ground glass, 2
+    consolidation.
 
-    `MaskError` if the values fit no encoding, or if the mask is binary and not empty: then the class is not
-    known."""
+    `MaskError` if the values fit no encoding, or if the mask is binary and not empty: then the
+    class is not known."""
     labels, encoding = decode_mask(path)
     if encoding in BINARY_ENCODINGS and labels.any():
         raise MaskError("a binary mask does not tell ground glass from consolidation", file=path,
@@ -255,17 +274,21 @@ def read_labels(path: str | Path) -> np.ndarray:
 
 
 def palette_picture(labels: np.ndarray) -> Image.Image:
-    """Labels uint8 (H, W) as a palette picture with the published colours; the inverse of `read_labels`."""
+    """Labels uint8 (H, W) as a palette picture with the published colours; the inverse of
+    `read_labels`."""
     height, width = labels.shape
-    picture = Image.frombytes("P", (width, height), np.ascontiguousarray(labels, np.uint8).tobytes())
+    picture = Image.frombytes("P", (width, height), np.ascontiguousarray(labels,
+                                                                         np.uint8).tobytes())
     picture.putpalette([channel for colour in COLOURS for channel in colour])
     return picture
 
 # %% ../../nbs/1_data/02_pictures.ipynb #b9d00120
 def read_map(path: str | Path) -> np.ndarray:
-    """A map of probabilities in a picture file: float64 (H, W), the stored value / 255 (1-bit: 0 or 1)."""
+    """A map of probabilities in a picture file: float64 (H, W), the stored value / 255 (1-bit: 0 or
+    1)."""
     picture = _open_8bit(path)
-    return np.asarray(picture).astype(np.float64) if picture.mode == "1" else _as_grey(picture, path) / 255.0
+    return np.asarray(picture).astype(np.float64) if picture.mode == "1" else _as_grey(picture,
+                                                                                       path) / 255.0
 
 # %% ../../nbs/1_data/02_pictures.ipynb #eeb5d399
 def natural_key(text: str) -> list:
@@ -277,8 +300,11 @@ def check_folder(path: str | Path) -> Path:
     """`path` if it is a folder that can be listed; `ConfigError` that says why not."""
     try:
         os.listdir(path)
-    except (OSError, ValueError) as error:  # missing, a file, not allowed, a loop of links, a null byte
-        raise ConfigError("not a folder that can be read", file=path, found=getattr(error, "strerror", error),
+    # missing, a file, not allowed, a loop of links, a null byte
+    except (OSError, ValueError) as error:
+        raise ConfigError("not a folder that can be read", file=path, found=getattr(error,
+                                                                                    "strerror",
+                                                                                    error),
                           fix="check the path") from error
     return Path(path)
 
@@ -289,20 +315,23 @@ def stem_of(path: Path) -> str:
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files in `folder`, by natural order of names; hidden files and other types are left out."""
-    paths = (path for path in check_folder(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
-             and not path.name.startswith("."))
+    """The picture files in `folder`, by natural order of names; hidden files and other types are
+    left out."""
+    paths = (path for path in check_folder(folder).iterdir() if path.suffix.lower() in
+             IMAGE_SUFFIXES and not path.name.startswith("."))
     return sorted(paths, key=lambda path: natural_key(path.name))
 
 
 def by_stem(folder: str | Path) -> tuple[dict[str, Path], list[str]]:
-    """Stem -> file, and a line for each stem that is there twice or differs from another in case only."""
+    """Stem -> file, and a line for each stem that is there twice or differs from another in case
+    only."""
     paths = list_pictures(folder)
     stems, name = [stem_of(path) for path in paths], Path(folder).name
-    faults = [f"{name}: {stem} is there {count} times" for stem, count in Counter(stems).items() if count > 1]
+    faults = [f"{name}: {stem} is there {count} times" for stem, count in Counter(stems).items() if
+              count > 1]
     folded = Counter(stem.casefold() for stem in set(stems))
-    faults += [f"{name}: {stem} differs from another name in case only" for stem in sorted(set(stems))
-               if folded[stem.casefold()] > 1]
+    faults += [f"{name}: {stem} differs from another name in case only" for stem in
+               sorted(set(stems)) if folded[stem.casefold()] > 1]
     return dict(zip(stems, paths, strict=True)), faults
 
 
@@ -318,7 +347,8 @@ def unmatched(images: Collection[str], masks: Collection[str]) -> list[str]:
 Pair = tuple[str, Path, Path]  # stem, image file, mask file
 
 
-def match_stems(images_dir: str | Path, masks_dir: str | Path) -> tuple[list[Pair], list[MaskError]]:
+def match_stems(images_dir: str | Path, masks_dir: str | Path) -> tuple[list[Pair],
+                                                                        list[MaskError]]:
     """The pairs of two folders, and, in a list, the error that names all that is wrong."""
     images, faults = by_stem(images_dir)
     masks, more = by_stem(masks_dir)
@@ -327,17 +357,19 @@ def match_stems(images_dir: str | Path, masks_dir: str | Path) -> tuple[list[Pai
     if pairs and not faults:
         return pairs, []
     listed = "; ".join(faults[:20]) + ("; ..." if len(faults) > 20 else "")
-    return pairs, [MaskError(f"images and masks do not pair: {len(images)} images, {len(masks)} masks",
-                             file=f"{images_dir} and {masks_dir}", found=listed or "no pictures",
-                             expected="one image and one mask for each stem",
-                             fix="add, remove or rename the files listed")]
+    return pairs, [
+        MaskError(f"images and masks do not pair: {len(images)} images, {len(masks)} masks",
+        file=f"{images_dir} and {masks_dir}", found=listed or "no pictures",
+        expected="one image and one mask for each stem",
+        fix="add, remove or rename the files listed")]
 
 
 def pair_by_stem(images_dir: str | Path, masks_dir: str | Path) -> list[Pair]:
     """(stem, image, mask) for every picture of two folders, by natural order of the stems.
 
-    `MaskError` listing all that is wrong: stems without a partner, stems that are there twice, names that
-    differ in case only, or nothing there at all. `ConfigError` if a folder cannot be read."""
+    `MaskError` listing all that is wrong: stems without a partner, stems that are there twice,
+    names that differ in case only, or nothing there at all. `ConfigError` if a folder cannot be
+    read."""
     pairs, errors = match_stems(images_dir, masks_dir)
     if errors:
         raise errors[0]
@@ -357,5 +389,7 @@ def resize_labels(labels: np.ndarray, size: int | tuple[int, int]) -> np.ndarray
 
 
 def for_display(picture: np.ndarray, kind: str) -> np.ndarray:
-    """A slice with anterior up: real slices (H, W) are transposed to (W, H), phantoms are left alone."""
-    return picture.T if check_choice("kind of data", kind, ["real", "phantom"]) == "real" else picture
+    """A slice with anterior up: real slices (H, W) are transposed to (W, H), phantoms are left
+    alone."""
+    return picture.T if check_choice("kind of data", kind, ["real",
+                                                            "phantom"]) == "real" else picture

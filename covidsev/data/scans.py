@@ -19,18 +19,19 @@ import nibabel
 import numpy as np
 from PIL import Image
 
-from ..core import (MAX_DECODED_BYTES, MAX_IMAGE_PIXELS, ConfigError, GeometryError, IntensityError,
-                           MaskError, ReadError, atomic_write, check_choice, sha256_bytes, sha256_file)
-from .pictures import (MIN_SIDE, by_stem, decode_mask, describe_bytes, list_pictures, natural_key,
-                                    raw_values, read_grey, stem_of, unmatched)
-from .volumes import (Grid, Header, Loaded, dicom_files, is_dicom, load_dicom, load_nifti,
-                                   nifti_grid, read_head, read_header, read_voxels, show_affine,
-                                   starts_as_dicom)
+from ..core import (MAX_DECODED_BYTES, MAX_IMAGE_PIXELS, ConfigError, GeometryError,
+                           IntensityError, MaskError, ReadError, atomic_write, check_choice,
+                           sha256_bytes, sha256_file)
+from .pictures import (MIN_SIDE, by_stem, decode_mask, describe_bytes, list_pictures,
+                                    natural_key, raw_values, read_grey, stem_of, unmatched)
+from .volumes import (Grid, Header, Loaded, dicom_files, is_dicom, load_dicom,
+                                   load_nifti, nifti_grid, read_head, read_header, read_voxels,
+                                   show_affine, starts_as_dicom)
 
 # %% ../../nbs/1_data/05_scans.ipynb #cf793b6c
 def turn_picture(array: np.ndarray) -> np.ndarray:
-    """Between a canonical axial plane (X, Y, ...) and the picture (H, W, ...) that a screen shows; its own
-    inverse."""
+    """Between a canonical axial plane (X, Y, ...) and the picture (H, W, ...) that a screen shows;
+    its own inverse."""
     return np.swapaxes(array, 0, 1)[::-1, ::-1]
 
 
@@ -38,11 +39,11 @@ def turn_picture(array: np.ndarray) -> np.ndarray:
 class Scan:
     """What was read: an array with its geometry, and no word about the patient.
 
-    `hu` float32: (X, Y, Z) in RAS+ order for kind "volume" and "stack", (H, W) as displayed for "slice".
-    `unit` is "HU" or "grey" (0..255). `affine` 4 x 4 of the canonical array and `spacing_mm` in the order of
-    the axes of `hu`, None where the source has none. `window` (level, width) where HU came out of grey
-    values. `orientation`: axis codes as stored, or "displayed". `names`: stems of the slices of a stack, top
-    first as they were read."""
+    `hu` float32: (X, Y, Z) in RAS+ order for kind "volume" and "stack", (H, W) as displayed for
+    "slice". `unit` is "HU" or "grey" (0..255). `affine` 4 x 4 of the canonical array and
+    `spacing_mm` in the order of the axes of `hu`, None where the source has none. `window` (level,
+    width) where HU came out of grey values. `orientation`: axis codes as stored, or "displayed".
+    `names`: stems of the slices of a stack, top first as they were read."""
 
     hu: np.ndarray
     kind: str
@@ -60,8 +61,8 @@ class Scan:
 
     @property
     def saturated(self) -> np.ndarray | None:
-        """bool, where a windowed picture is all black or all white, so that its HU are only a bound; else
-        None."""
+        """bool, where a windowed picture is all black or all white, so that its HU are only a
+        bound; else None."""
         if self.window is None:
             return None
         level, width = self.window
@@ -77,12 +78,13 @@ class Scan:
 # %% ../../nbs/1_data/05_scans.ipynb #81a56960
 _PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 _OTHERS = {b"NRRD": "an NRRD file (.nrrd)", b"ObjectType": "a MetaImage file (.mha, .mhd)",
-           b"NDims": "a MetaImage file (.mha, .mhd)", b"\x89HDF": "an HDF5 file (perhaps MINC)", b"PK": "a zip archive",
-           b"\0\0\1\x5c\0": "an Analyze file"}
+           b"NDims": "a MetaImage file (.mha, .mhd)", b"\x89HDF": "an HDF5 file (perhaps MINC)",
+           b"PK": "a zip archive", b"\0\0\1\x5c\0": "an Analyze file"}
 
 
 def sniff(path: str | Path) -> str:
-    """"nifti", "dicom" or "picture", told by content; `ReadError` that names or describes anything else."""
+    """"nifti", "dicom" or "picture", told by content; `ReadError` that names or describes anything
+    else."""
     head, _ = read_head(path)
     if head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] == b"n+2\0":
         return "nifti"
@@ -90,10 +92,12 @@ def sniff(path: str | Path) -> str:
         return "picture"
     if is_dicom(head):
         return "dicom"
-    found = next((name for mark, name in _OTHERS.items() if head.startswith(mark)), describe_bytes(head))
-    raise ReadError("neither NIfTI, nor DICOM, nor a picture", file=path, found=found,
-                    expected="a NIfTI file, a DICOM file, or PNG, JPEG, BMP or TIFF",
-                    fix="convert it to NIfTI first, for example with SimpleITK or dcm2niix; or fetch it again")
+    found = next((name for mark, name in _OTHERS.items() if head.startswith(mark)),
+                 describe_bytes(head))
+    raise ReadError(
+        "neither NIfTI, nor DICOM, nor a picture", file=path, found=found,
+        expected="a NIfTI file, a DICOM file, or PNG, JPEG, BMP or TIFF",
+        fix="convert it to NIfTI first, for example with SimpleITK or dcm2niix; or fetch it again")
 
 # %% ../../nbs/1_data/05_scans.ipynb #ca832f57
 def _sample(values: np.ndarray, most: int = 2_000_000) -> np.ndarray:
@@ -103,7 +107,8 @@ def _sample(values: np.ndarray, most: int = 2_000_000) -> np.ndarray:
 
 
 def check_hu(values: np.ndarray, path: str | Path | None = None) -> None:
-    """`IntensityError` with percentiles and two remedies where `values` cannot be the HU of a chest CT."""
+    """`IntensityError` with percentiles and two remedies where `values` cannot be the HU of a chest
+    CT."""
     percentiles = np.percentile(_sample(values), [0, 1, 50, 99, 100])
     if percentiles[1] > -700 or percentiles[3] < -200:
         shown = ", ".join(f"{name} {value:.0f}" for name, value in
@@ -114,12 +119,14 @@ def check_hu(values: np.ndarray, path: str | Path | None = None) -> None:
                                  "for raw 0..4095 name the offset: --hu-offset -1024")
 
 
-def _check_calibration(bits: int | None, window: Any, hu_offset: float | None, path: str | Path) -> None:
-    """`ConfigError` or `IntensityError` where the options cannot be right for a picture of `bits`, or a
-    volume (None)."""
+def _check_calibration(bits: int | None, window: Any, hu_offset: float | None, path: str |
+                       Path) -> None:
+    """`ConfigError` or `IntensityError` where the options cannot be right for a picture of `bits`,
+    or a volume (None)."""
     if window is not None and hu_offset is not None:
         raise ConfigError("give a window or an offset, not both", found=f"{window} and {hu_offset}")
-    if window is not None and not (len(window) == 2 and np.isfinite(window).all() and window[1] > 0):
+    if window is not None and not (len(window) == 2 and np.isfinite(window).all() and window[1] >
+                                   0):
         raise ConfigError("a window needs a level and a width above 0", found=window,
                           expected="such as -600,1500")
     if bits == 8 and hu_offset is not None:
@@ -127,9 +134,9 @@ def _check_calibration(bits: int | None, window: Any, hu_offset: float | None, p
                           found=f"offset {hu_offset}",
                           fix="name its window: --window LEVEL,WIDTH")
     if bits == 16 and window is None and hu_offset is None:
-        raise IntensityError("the grey values of a 16-bit picture have no agreed meaning", file=path,
-                             fix="name their window: --window LEVEL,WIDTH; "
-                                 "or the offset to HU: --hu-offset -1024")
+        raise IntensityError("the grey values of a 16-bit picture have no agreed meaning",
+                             file=path, fix="name their window: --window LEVEL,WIDTH; "
+                             "or the offset to HU: --hu-offset -1024")
 
 
 def calibrate(values: np.ndarray, path: str | Path, *, bits: int | None = None,
@@ -144,7 +151,8 @@ def calibrate(values: np.ndarray, path: str | Path, *, bits: int | None = None,
         top = 65535 if bits == 16 else 255
         if values.min() < 0 or values.max() > top:
             raise IntensityError(f"a window is for grey values 0..{top}", file=path,
-                                 found=f"{values.min():g} to {values.max():g}", fix="leave the window out")
+                                 found=f"{values.min():g} to {values.max():g}",
+                                 fix="leave the window out")
         level, width = window
         values *= width / top
         values += level - width / 2
@@ -155,7 +163,8 @@ def calibrate(values: np.ndarray, path: str | Path, *, bits: int | None = None,
 
 
 def fill_nan(values: np.ndarray, nan_fill: float | None, path: str | Path) -> int:
-    """The number of voxels that are not finite, after replacing them by `nan_fill`; `IntensityError` without it."""
+    """The number of voxels that are not finite, after replacing them by `nan_fill`;
+    `IntensityError` without it."""
     count = 0
     for plane in np.moveaxis(values, -1, 0) if values.ndim == 3 else [values]:
         bad = ~np.isfinite(plane)
@@ -170,7 +179,8 @@ def fill_nan(values: np.ndarray, nan_fill: float | None, path: str | Path) -> in
 
 # %% ../../nbs/1_data/05_scans.ipynb #b7657ce0
 def load_pictures(paths: Sequence[Path], source: str) -> Loaded:
-    """One picture as (X, Y, 1), or a stack (X, Y, Z) with the first picture at the top; not yet calibrated."""
+    """One picture as (X, Y, 1), or a stack (X, Y, Z) with the first picture at the top; not yet
+    calibrated."""
     first, bits = read_grey(paths[0])
     height, width = first.shape
     if 4 * first.size * len(paths) > MAX_DECODED_BYTES:
@@ -182,20 +192,23 @@ def load_pictures(paths: Sequence[Path], source: str) -> Loaded:
         picture, own = read_grey(path) if k else (first, bits)
         if picture.shape != first.shape or own != bits:
             raise GeometryError("the pictures of a stack differ in size or bits", file=path,
-                                found=f"{picture.shape}, {own} bits", expected=f"{first.shape}, {bits} bits",
+                                found=f"{picture.shape}, {own} bits",
+                                expected=f"{first.shape}, {bits} bits",
                                 fix="give slices of one scan; for single slices, one at a time")
         values[:, :, len(paths) - 1 - k] = turn_picture(picture)
     digest = sha256_bytes("".join(sha256_file(path) for path in paths).encode())
-    return Loaded(values, source, sha256_file(paths[0]) if len(paths) == 1 else digest, [], None, bits,
-                  tuple(stem_of(path) for path in paths))
+    return Loaded(values, source, sha256_file(paths[0]) if len(paths) == 1 else digest, [], None,
+                  bits, tuple(stem_of(path) for path in paths))
 
 # %% ../../nbs/1_data/05_scans.ipynb #ef5e99cd
 def _nifti_files(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.iterdir() if path.name.lower().endswith((".nii", ".nii.gz"))
-                   and not path.name.startswith(".")), key=lambda path: natural_key(path.name))
+    return sorted((path for path in folder.iterdir() if path.name.lower().endswith((".nii",
+                                                                                    ".nii.gz")) and
+                   not path.name.startswith(".")), key=lambda path: natural_key(path.name))
 
 
-def _load_folder(folder: Path, volume: int | None, hu_offset: float | None, assume: str | None) -> Loaded:
+def _load_folder(folder: Path, volume: int | None, hu_offset: float | None, assume: str |
+                 None) -> Loaded:
     """The one scan in a folder: a NIfTI file, pictures, or a DICOM series."""
     niftis, pictures = _nifti_files(folder), list_pictures(folder)
     if len(niftis) == 1 and not pictures:
@@ -225,7 +238,8 @@ def _load(path: Path, volume: int | None, hu_offset: float | None, assume: str |
     kind = sniff(path)
     if kind == "nifti":
         return load_nifti(path, assume, volume)
-    return load_dicom(path, volume, hu_offset) if kind == "dicom" else load_pictures([path], path.name)
+    return load_dicom(path, volume, hu_offset) if kind == "dicom" else load_pictures([path],
+                                                                                     path.name)
 
 
 def _check_plane(shape: Sequence[int], path: Path) -> None:
@@ -235,33 +249,38 @@ def _check_plane(shape: Sequence[int], path: Path) -> None:
                             found=f"{tuple(shape)} in RAS order",
                             expected="an axial slice")
     if min(shape[:2]) < MIN_SIDE or shape[0] * shape[1] > MAX_IMAGE_PIXELS:
-        raise ReadError("the slices are too small or too large", file=path,
-                        found=f"{shape[0]} x {shape[1]} pixels",
-                        expected=f"sides of at least {MIN_SIDE}, and at most {MAX_IMAGE_PIXELS:,} pixels")
+        raise ReadError(
+            "the slices are too small or too large", file=path,
+            found=f"{shape[0]} x {shape[1]} pixels",
+            expected=f"sides of at least {MIN_SIDE}, and at most {MAX_IMAGE_PIXELS:,} pixels")
 
 
-def _as_scan(loaded: Loaded, unit: str, window: tuple[float, float] | None, notes: list[str]) -> Scan:
+def _as_scan(loaded: Loaded, unit: str, window: tuple[float, float] | None, notes:
+             list[str]) -> Scan:
     """The parts of a `Scan`, a single slice as a picture."""
     values, grid = loaded.values, loaded.grid
     affine = None if grid is None else grid.canonical_affine
-    spacing = None if grid is None else tuple(float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
+    spacing = None if grid is None else tuple(float(mm) for mm in np.linalg.norm(affine[:3, :3],
+                                                                                 axis=0))
     kind = "slice" if values.shape[2] == 1 else "volume" if grid is not None else "stack"
     if kind == "slice":
-        values, spacing = np.ascontiguousarray(turn_picture(values[:, :, 0])), spacing and spacing[1::-1]
+        values, spacing = np.ascontiguousarray(turn_picture(values[:, :,
+                                                                   0])), spacing and spacing[1::-1]
     orientation = "displayed" if grid is None else grid.orientation
-    return Scan(values, kind, unit, loaded.source, loaded.sha256, affine, spacing, window, orientation, notes,
-                loaded.names, grid)
+    return Scan(values, kind, unit, loaded.source, loaded.sha256, affine, spacing, window,
+                orientation, notes, loaded.names, grid)
 
 
-def read_scan(path: str | Path, *, window: tuple[float, float] | None = None, hu_offset: float | None = None,
-              assume_orientation: str | None = None, nan_fill: float | None = None, volume: int | None = None,
-              first_slice: str = "top") -> Scan:
-    """The scan at `path`: a NIfTI or DICOM file, a DICOM folder, a picture, or a folder of pictures.
+def read_scan(path: str | Path, *, window: tuple[float, float] | None = None, hu_offset: float |
+              None = None, assume_orientation: str | None = None, nan_fill: float | None = None,
+              volume: int | None = None, first_slice: str = "top") -> Scan:
+    """The scan at `path`: a NIfTI or DICOM file, a DICOM folder, a picture, or a folder of
+    pictures.
 
-    window: (level, width) of grey values 0..255. hu_offset: added to raw values. assume_orientation: axis
-    codes of a NIfTI file that has none. nan_fill: for voxels that are no numbers. volume: which of a 4-D
-    file, or which series, largest first. first_slice: "top" or "bottom", for stacks. Errors: `ReadError`,
-    `GeometryError`, `IntensityError`."""
+    window: (level, width) of grey values 0..255. hu_offset: added to raw values.
+    assume_orientation: axis codes of a NIfTI file that has none. nan_fill: for voxels that are no
+    numbers. volume: which of a 4-D file, or which series, largest first. first_slice: "top" or
+    "bottom", for stacks. Errors: `ReadError`, `GeometryError`, `IntensityError`."""
     check_choice("first slice", first_slice, ("top", "bottom"))
     path = Path(path)
     loaded = _load(path, volume, hu_offset, assume_orientation)
@@ -278,19 +297,20 @@ def read_scan(path: str | Path, *, window: tuple[float, float] | None = None, hu
 
 # %% ../../nbs/1_data/05_scans.ipynb #2ad0b292
 def count_values(values: np.ndarray, path: str | Path) -> dict[int, int]:
-    """How often each whole number occurs in an array (2-D or 3-D), up to rounding; `MaskError` for fractions,
-    NaN, or too many."""
+    """How often each whole number occurs in an array (2-D or 3-D), up to rounding; `MaskError` for
+    fractions, NaN, or too many."""
     planes = [values] if values.ndim == 2 else list(np.moveaxis(values, -1, 0))
     low, high = (float(edge) for edge in (values.min(), values.max()))
-    whole = values.dtype.kind in "iub" or all(np.abs(plane - np.rint(plane)).max() < 1e-3 for plane in planes)
+    whole = values.dtype.kind in "iub" or all(np.abs(plane - np.rint(plane)).max() < 1e-3 for plane
+                                              in planes)
     if not whole or high - low > 65535:
         some = np.unique(_sample(values, 100_000))[:8].tolist()
         raise MaskError("the mask does not hold labels", file=path, found=f"values such as {some}",
                         expected="whole numbers",
                         fix="resize masks without interpolation; or give --binarize T")
     low, high = round(low), round(high)
-    counts = sum(np.bincount((_whole(plane) - low).astype(np.int64).ravel(), minlength=high - low + 1)
-                 for plane in planes)
+    counts = sum(np.bincount((_whole(plane) - low).astype(np.int64).ravel(), minlength=high - low +
+                             1) for plane in planes)
     return {low + int(k): int(counts[k]) for k in np.flatnonzero(counts)}
 
 
@@ -304,34 +324,37 @@ def _listed(counts: Mapping[int, int]) -> str:
     return f"{len(counts)} values ({shown}{', ...' if len(counts) > 20 else ''})"
 
 
-def label_table(counts: Mapping[int, int], labels: Collection[int], label_map: Mapping[int, int] | None,
-                path: str | Path) -> dict[int, int]:
-    """Stored value -> label for every value that occurs; `MaskError` listing values and counts where that is
-    not clear.
+def label_table(counts: Mapping[int, int], labels: Collection[int], label_map: Mapping[int, int] |
+                None, path: str | Path) -> dict[int, int]:
+    """Stored value -> label for every value that occurs; `MaskError` listing values and counts
+    where that is not clear.
 
     labels: what the mask may hold besides 0. Without `label_map`, {0, 255} is read as {0, 1}."""
     found, target = set(counts) - {0}, {0, *labels}
     if label_map is not None:
         table = {0: 0, **{int(value): int(label) for value, label in label_map.items()}}
         if not found <= table.keys() or not set(table.values()) <= target:
-            raise MaskError("the label map does not fit this mask", file=path, found=_listed(counts),
+            raise MaskError("the label map does not fit this mask", file=path,
+                            found=_listed(counts),
                             expected=f"each value, to one of {sorted(target)}")
         return table
     if found == {255}:
         return {0: 0, 255: 1}
     if len(found) == 1 and found != {1}:
-        raise MaskError(f"the mask holds one value, {min(found)}, and it is not clear what it means",
-                        file=path,
-                        found=_listed(counts), fix=f"say it: --label-map {min(found)}=1 (or another label)")
+        raise MaskError(
+            f"the mask holds one value, {min(found)}, and it is not clear what it means", file=path,
+            found=_listed(counts), fix=f"say it: --label-map {min(found)}=1 (or another label)")
     if not found <= target:
-        raise MaskError("unexpected values in a mask", file=path, found=_listed(counts),
-                        expected=f"values in {sorted(target)}, or 0/255",
-                        fix="name all of them: --label-map 3=0,...; or for a grey picture --binarize T")
+        raise MaskError(
+            "unexpected values in a mask", file=path, found=_listed(counts),
+            expected=f"values in {sorted(target)}, or 0/255",
+            fix="name all of them: --label-map 3=0,...; or for a grey picture --binarize T")
     return {value: value for value in found | {0}}
 
 # %% ../../nbs/1_data/05_scans.ipynb #905b6c37
 class Rules(NamedTuple):
-    """How the values of a mask are to be read: the labels it may hold, and what the user said about them."""
+    """How the values of a mask are to be read: the labels it may hold, and what the user said about
+    them."""
 
     labels: tuple[int, ...]
     label_map: Mapping[int, int] | None = None
@@ -364,20 +387,24 @@ class Rules(NamedTuple):
 # %% ../../nbs/1_data/05_scans.ipynb #eb02d2b1
 def _refuse_shape(own: Sequence[int], expected: Sequence[int], path: str | Path) -> None:
     if tuple(own) != tuple(expected):
-        raise GeometryError("image and mask differ in shape", file=path,
-                            found=f"mask {tuple(own)}, image {tuple(expected)}",
-                            fix="use the mask that was made from this image; masks are never resized")
+        raise GeometryError(
+            "image and mask differ in shape", file=path,
+            found=f"mask {tuple(own)}, image {tuple(expected)}",
+            fix="use the mask that was made from this image; masks are never resized")
 
 
 def _check_same_grid(own: Grid, scan: Scan, path: str | Path) -> None:
     """`GeometryError` where a mask does not lie on the grid of its scan."""
-    _refuse_shape(*(grid.canonical(np.broadcast_to(0, grid.shape)).shape for grid in (own, scan.grid)), path)
+    _refuse_shape(*(grid.canonical(np.broadcast_to(0, grid.shape)).shape for grid in (own,
+                                                                                      scan.grid)),
+                  path)
     difference = np.abs(own.canonical_affine - scan.affine)
     if difference[:3, :3].max() > 1e-3 or difference[:3, 3].max() > 1e-2:
-        raise GeometryError("image and mask lie in different places", file=path,
-                            found=f"mask {show_affine(own.canonical_affine)}, image {show_affine(scan.affine)}",
-                            expected="affines equal to 0.001 mm a voxel, origins to 0.01 mm",
-                            fix="use the mask of this image; if only the header is wrong: --ignore-affine")
+        raise GeometryError(
+            "image and mask lie in different places", file=path,
+            found=f"mask {show_affine(own.canonical_affine)}, image {show_affine(scan.affine)}",
+            expected="affines equal to 0.001 mm a voxel, origins to 0.01 mm",
+            fix="use the mask of this image; if only the header is wrong: --ignore-affine")
 
 
 def _scaled_voxels(header: Header, path: str | Path) -> np.ndarray:
@@ -386,18 +413,22 @@ def _scaled_voxels(header: Header, path: str | Path) -> np.ndarray:
     return raw if (header.slope, header.inter) == (1.0, 0.0) else raw * header.slope + header.inter
 
 
-def read_mask_alone(path: str | Path, labels: Collection[int] = (1, 2)) -> tuple[np.ndarray, tuple[float, ...]]:
-    """A NIfTI mask whose scan is not at hand: labels uint8 (X, Y, Z) in RAS+ order, and the voxel sizes in mm.
+def read_mask_alone(path: str | Path, labels: Collection[int] = (1, 2)) -> tuple[np.ndarray,
+                                                                                 tuple[float, ...]]:
+    """A NIfTI mask whose scan is not at hand: labels uint8 (X, Y, Z) in RAS+ order, and the voxel
+    sizes in mm.
 
     `MaskError` for other values; errors of reading and of geometry."""
     header = read_header(path)
     grid, _ = nifti_grid(header, path)
     labelled, _ = Rules(tuple(labels), {value: value for value in (0, *labels)}).decode(
         _scaled_voxels(header, path), path)
-    return grid.canonical(labelled), tuple(np.linalg.norm(grid.canonical_affine[:3, :3], axis=0).tolist())
+    return grid.canonical(labelled), tuple(np.linalg.norm(grid.canonical_affine[:3, :3],
+                                                          axis=0).tolist())
 
 
-def _nifti_mask(path: Path, scan: Scan, rules: Rules, ignore_affine: bool) -> tuple[np.ndarray, list[str]]:
+def _nifti_mask(path: Path, scan: Scan, rules: Rules, ignore_affine: bool) -> tuple[np.ndarray,
+                                                                                    list[str]]:
     """The labels of a NIfTI mask in the canonical order of `scan`, and notes."""
     if scan.grid is None:
         raise GeometryError("a NIfTI mask does not say how it lies on a picture", file=path,
@@ -416,15 +447,16 @@ def _nifti_mask(path: Path, scan: Scan, rules: Rules, ignore_affine: bool) -> tu
 
 
 def _stack_mask(path: Path, scan: Scan, rules: Rules) -> tuple[np.ndarray, list[str]]:
-    """The labels of a folder of mask pictures, paired with the slices of a stack by their stems, and
-    notes."""
+    """The labels of a folder of mask pictures, paired with the slices of a stack by their stems,
+    and notes."""
     masks, faults = by_stem(path)
     faults += unmatched(scan.names, masks.keys())
     if faults:
-        raise MaskError(f"slices and masks do not pair: {len(scan.names)} slices, {len(masks)} masks",
-                        file=path,
-                        found="; ".join(faults[:20]), expected="one mask for each slice, of the same stem",
-                        fix="add, remove or rename the files listed")
+        raise MaskError(
+            f"slices and masks do not pair: {len(scan.names)} slices, {len(masks)} masks",
+            file=path, found="; ".join(faults[:20]),
+            expected="one mask for each slice, of the same stem",
+            fix="add, remove or rename the files listed")
     labelled, notes = np.empty(scan.hu.shape, np.uint8, order="F"), []
     order = scan.names if scan.bottom_first else scan.names[::-1]
     for k, name in enumerate(order):
@@ -435,19 +467,21 @@ def _stack_mask(path: Path, scan: Scan, rules: Rules) -> tuple[np.ndarray, list[
     return labelled, notes
 
 
-def _any_mask(path: Path, scan: Scan, rules: Rules, ignore_affine: bool) -> tuple[np.ndarray, list[str]]:
+def _any_mask(path: Path, scan: Scan, rules: Rules, ignore_affine: bool) -> tuple[np.ndarray,
+                                                                                  list[str]]:
     """The labels of a mask of any kind, and notes."""
     if path.is_dir():
         if scan.kind != "stack":
-            raise MaskError(f"a folder of masks is for a stack of pictures, not for a {scan.kind}", file=path,
-                            fix="give one mask file")
+            raise MaskError(f"a folder of masks is for a stack of pictures, not for a {scan.kind}",
+                            file=path, fix="give one mask file")
         return _stack_mask(path, scan, rules)
     kind = sniff(path)
     if kind == "nifti":
         return _nifti_mask(path, scan, rules, ignore_affine)
     if kind == "dicom" or scan.kind != "slice":
-        raise MaskError(f"a {kind} file is no mask for a {scan.kind}", file=path,
-                        expected="a picture for a slice, a folder of them for a stack, NIfTI for a volume")
+        raise MaskError(
+            f"a {kind} file is no mask for a {scan.kind}", file=path,
+            expected="a picture for a slice, a folder of them for a stack, NIfTI for a volume")
     labelled, notes = rules.picture(path)
     _refuse_shape(labelled.shape, scan.hu.shape, path)
     return labelled, notes
@@ -458,28 +492,34 @@ def read_mask_for(path: str | Path, scan: Scan, *, labels: Collection[int] = (1,
                   ignore_affine: bool = False) -> np.ndarray:
     """The mask at `path`, uint8 of the shape and order of `scan.hu`; notes go to `scan.warnings`.
 
-    labels: what it may hold besides 0, (1, 2, 3, 4, 5) for lobes. label_map: stored value -> label. binarize:
-    1 above this value. ignore_affine: trust the order of the voxels. `GeometryError` where it does not lie on
-    the scan, `MaskError` where its values or its files do not fit. Nothing is resized."""
-    labelled, notes = _any_mask(Path(path), scan, Rules(tuple(labels), label_map, binarize), ignore_affine)
+    labels: what it may hold besides 0, (1, 2, 3, 4, 5) for lobes. label_map: stored value -> label.
+    binarize: 1 above this value. ignore_affine: trust the order of the voxels. `GeometryError`
+    where it does not lie on the scan, `MaskError` where its values or its files do not fit. Nothing
+    is resized."""
+    labelled, notes = _any_mask(Path(path), scan, Rules(tuple(labels), label_map, binarize),
+                                ignore_affine)
     scan.warnings += notes
     return np.asfortranarray(labelled) if labelled.ndim == 3 else np.ascontiguousarray(labelled)
 
 # %% ../../nbs/1_data/05_scans.ipynb #fc59491f
 def label_palette() -> list[int]:
-    """768 numbers: red, green, blue of 256 labels, black first; 1 and 2 are the colours of COVID-SemiSeg.
+    """768 numbers: red, green, blue of 256 labels, black first; 1 and 2 are the colours of
+    COVID-SemiSeg.
 
-    The colours of the Pascal VOC challenge: bits 0, 3, 6 of the label make red, 1, 4, 7 green, 2, 5 blue."""
+    The colours of the Pascal VOC challenge: bits 0, 3, 6 of the label make red, 1, 4, 7 green, 2, 5
+    blue."""
     labels = np.arange(256)
     bits = (labels[:, None] >> np.arange(9)) & 1
-    colours = [sum(bits[:, 3 * place + colour] << (7 - place) for place in range(3)) for colour in range(3)]
+    colours = [sum(bits[:, 3 * place + colour] << (7 - place) for place in range(3)) for colour in
+               range(3)]
     return np.stack(colours, axis=1).ravel().tolist()
 
 
 def _write_picture(path: Path, labels: np.ndarray) -> None:
     """A palette PNG whose indices are the labels."""
     height, width = labels.shape
-    picture = Image.frombytes("P", (width, height), np.ascontiguousarray(labels, np.uint8).tobytes())
+    picture = Image.frombytes("P", (width, height), np.ascontiguousarray(labels,
+                                                                         np.uint8).tobytes())
     picture.putpalette(label_palette())
     with atomic_write(path) as file:
         picture.save(file, format="PNG")
@@ -487,11 +527,13 @@ def _write_picture(path: Path, labels: np.ndarray) -> None:
 
 def _write_nifti(path: Path, stored: np.ndarray, grid: Grid) -> None:
     """uint8 NIfTI with a header of its own; the gzip header holds neither a name nor a time."""
-    image = nibabel.Nifti1Image(np.asfortranarray(stored if grid.ndim > 2 else stored[:, :, 0]), grid.affine)
+    image = nibabel.Nifti1Image(np.asfortranarray(stored if grid.ndim > 2 else stored[:, :, 0]),
+                                grid.affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(grid.affine, 1)
     block = grid.affine[:3, :3] / np.linalg.norm(grid.affine[:3, :3], axis=0)
-    if np.abs(block.T @ block - np.eye(3)).max() < 1e-4:  # a qform cannot hold the shear of a tilted gantry
+    # a qform cannot hold the shear of a tilted gantry
+    if np.abs(block.T @ block - np.eye(3)).max() < 1e-4:
         image.set_qform(grid.affine, 1)
     data = image.to_bytes()
     with atomic_write(path) as file:
@@ -517,10 +559,11 @@ def _checked_mask(mask: np.ndarray, scan: Scan, path: Path) -> np.ndarray:
 
 
 def write_mask(path: str | Path, mask: np.ndarray, scan: Scan) -> None:
-    """Writes labels (shape of `scan.hu`, bool or whole numbers 0..255) on the user's own grid, atomically.
+    """Writes labels (shape of `scan.hu`, bool or whole numbers 0..255) on the user's own grid,
+    atomically.
 
-    A NIfTI file for volumes and slices that have a grid, a palette PNG for a picture, and for a stack a
-    folder `path` of them, with the names of the slices. The same bytes on every call."""
+    A NIfTI file for volumes and slices that have a grid, a palette PNG for a picture, and for a
+    stack a folder `path` of them, with the names of the slices. The same bytes on every call."""
     path = Path(path)
     mask = _checked_mask(mask, scan, path)
     if scan.grid is not None:
@@ -549,11 +592,12 @@ def case_id(name: str, salt: str | None = None) -> str:
 
 
 def _case_paths(folder: Path, pictures: str) -> list[Path]:
-    """The cases directly in `folder`: NIfTI files, sub-folders with a scan, or the folder itself."""
-    inner = sorted((path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".",
-                                                                                                     "__"))),
-                   key=lambda path: natural_key(path.name))
-    inner = [path for path in inner if _nifti_files(path) or list_pictures(path) or dicom_files(path)]
+    """The cases directly in `folder`: NIfTI files, sub-folders with a scan, or the folder
+    itself."""
+    inner = sorted((path for path in folder.iterdir() if path.is_dir() and not
+                    path.name.startswith((".", "__"))), key=lambda path: natural_key(path.name))
+    inner = [path for path in inner if _nifti_files(path) or list_pictures(path) or
+             dicom_files(path)]
     own = list_pictures(folder)
     if own and pictures == "stack":
         if inner or _nifti_files(folder):
@@ -571,9 +615,9 @@ def find_cases(path: str | Path, *, pictures: str = "stack",
                salt: str | None = None) -> list[tuple[str, Path]]:
     """(case id, path for `read_scan`) for a file, or for every case in a folder, by natural order.
 
-    pictures: "stack" takes the pictures in one folder as one case, "slices" each as its own. salt: ids are
-    hashes. `ConfigError` where there is nothing, where ids occur twice, or where it is not clear what a case
-    is."""
+    pictures: "stack" takes the pictures in one folder as one case, "slices" each as its own. salt:
+    ids are hashes. `ConfigError` where there is nothing, where ids occur twice, or where it is not
+    clear what a case is."""
     check_choice("pictures", pictures, ("stack", "slices"))
     path = Path(path)
     try:
@@ -584,8 +628,9 @@ def find_cases(path: str | Path, *, pictures: str = "stack",
     names = [_stem(one if one.name not in ("", "..") else one.resolve()) for one in paths]
     twice = sorted({name for name in names if names.count(name) > 1}, key=natural_key)
     if twice or not paths:
-        raise ConfigError("there are two cases of one name" if twice else "no case in this folder", file=path,
-                          found=", ".join(twice[:8]) or "nothing to read",
-                          expected="NIfTI files, or a folder with a DICOM series or pictures for each case",
-                          fix="rename one of them" if twice else "check the path")
+        raise ConfigError(
+            "there are two cases of one name" if twice else "no case in this folder", file=path,
+            found=", ".join(twice[:8]) or "nothing to read",
+            expected="NIfTI files, or a folder with a DICOM series or pictures for each case",
+            fix="rename one of them" if twice else "check the path")
     return [(case_id(name, salt), one) for name, one in zip(names, paths, strict=True)]

@@ -34,13 +34,14 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..core import (MAX_ARCHIVE_BYTES, MAX_ARCHIVE_MEMBERS, MAX_ARCHIVE_RATIO, ArchiveError,
-                           ChecksumError, ConfigError, CovidSevError, DataMissingError, GeometryError,
-                           ReadError, check_choice, data_root, progress, publish_folder, read_json, run_lock,
-                           sha256_bytes, sha256_file, suggest, write_json)
-from .datasets import (KNOWN_SHARED_GROUPS, PARTS, find_covid_semiseg, load_unlabelled, read_note,
-                                    read_split, scan_group)
-from .pictures import (check_folder, describe_bytes, list_pictures, natural_key, read_grey,
-                                    read_mask, resize_image, resize_labels)
+                           ChecksumError, ConfigError, CovidSevError, DataMissingError,
+                           GeometryError, ReadError, check_choice, data_root, progress,
+                           publish_folder, read_json, run_lock, sha256_bytes, sha256_file, suggest,
+                           write_json)
+from .datasets import (KNOWN_SHARED_GROUPS, PARTS, find_covid_semiseg, load_unlabelled,
+                                    read_note, read_split, scan_group)
+from .pictures import (check_folder, describe_bytes, list_pictures, natural_key,
+                                    read_grey, read_mask, resize_image, resize_labels)
 from .scans import read_mask_alone, read_mask_for, read_scan, sniff
 
 if TYPE_CHECKING:
@@ -49,11 +50,12 @@ if TYPE_CHECKING:
 # %% ../../nbs/1_data/06_sources.ipynb #9ffec90b
 @dataclass(frozen=True)
 class Card:
-    """What a data set is, who may use it, whom to cite, how to get it, and how a copy of it is read.
+    """What a data set is, who may use it, whom to cite, how to get it, and how a copy of it is
+    read.
 
-    `files` is empty where it has to be fetched by hand; then `why` says why, and `steps` how. `content`: folder
-    -> (files, bytes, sha256) where the digests are known. `read` is empty where no experiment reads it.
-    `expected`: samples in a whole copy, 0 where not known."""
+    `files` is empty where it has to be fetched by hand; then `why` says why, and `steps` how.
+    `content`: folder -> (files, bytes, sha256) where the digests are known. `read` is empty where
+    no experiment reads it. `expected`: samples in a whole copy, 0 where not known."""
 
     name: str
     title: str
@@ -74,22 +76,25 @@ class Card:
 @lru_cache(maxsize=1)
 def cards() -> dict[str, Card]:
     """Name -> card of every data set of the paper."""
-    tables = tomllib.loads((package_files("covidsev.data") / "cards.toml").read_text(encoding="utf-8"))
+    tables = tomllib.loads((package_files("covidsev.data") /
+                            "cards.toml").read_text(encoding="utf-8"))
     return {name: Card(name, **table) for name, table in tables.items()}
 
 
 def get_card(name: str) -> Card:
-    """The card of the data set called `name`; `ConfigError` with the nearest name if there is none."""
+    """The card of the data set called `name`; `ConfigError` with the nearest name if there is
+    none."""
     return cards()[check_choice("data set", name, cards())]
 
 
 def describe(card: Card) -> str:
     """The card as plain text, as `covidsev data list` prints it."""
     get = f"automatic, `covidsev data get {card.name}`" if card.files else f"by hand: {card.why}"
-    lines = {"what": card.what, "size": card.size, "source": card.page, "get": get, "licence": card.licence,
-             "cite": card.citation}
-    return "\n".join([f"{card.title}  [{card.name}]", *(f"  {f'{name}:':<9} {line}" for name, line in lines.items()),
-                      "  layout:", *(f"    {line}" for line in card.layout.splitlines())])
+    lines = {"what": card.what, "size": card.size, "source": card.page, "get": get, "licence":
+             card.licence, "cite": card.citation}
+    return "\n".join([f"{card.title}  [{card.name}]", *(f"  {f'{name}:':<9} {line}" for name, line
+                                                        in lines.items()), "  layout:",
+                      *(f"    {line}" for line in card.layout.splitlines())])
 
 
 def how_to_get(card: Card) -> str:
@@ -97,12 +102,14 @@ def how_to_get(card: Card) -> str:
     place = f"put it into <data root>/{card.name}/, or name its folder with --root or COVIDSEV_DATA"
     if card.files:
         address = ", ".join(file["url"] for file in card.files)
-        return f"fetch it with `covidsev data get {card.name}`, or by hand: download {address}, unpack it, {place}"
+        return (f"fetch it with `covidsev data get {card.name}`, or by hand: download {address}, "
+                f"unpack it, {place}")
     return f"by hand ({card.why}): {card.steps} ({card.page}); {place}"
 
 # %% ../../nbs/1_data/06_sources.ipynb #ff2a6f5a
 class FolderDigest(NamedTuple):
-    """What identifies a folder: its number of files, their bytes, and one SHA-256 over names and contents."""
+    """What identifies a folder: its number of files, their bytes, and one SHA-256 over names and
+    contents."""
 
     files: int
     bytes: int
@@ -110,15 +117,18 @@ class FolderDigest(NamedTuple):
 
 
 def folder_digest(folder: str | Path) -> FolderDigest:
-    """The `FolderDigest` of the files directly in `folder`, without hidden files and sub-folders."""
-    paths = sorted((path for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith(".")),
-                   key=lambda path: path.name.encode())
+    """The `FolderDigest` of the files directly in `folder`, without hidden files and
+    sub-folders."""
+    paths = sorted((path for path in Path(folder).iterdir() if path.is_file() and not
+                    path.name.startswith(".")), key=lambda path: path.name.encode())
     lines = "".join(f"{sha256_file(path)}  {path.name}\n" for path in paths)
-    return FolderDigest(len(paths), sum(path.stat().st_size for path in paths), sha256_bytes(lines.encode()))
+    return FolderDigest(len(paths), sum(path.stat().st_size for path in paths),
+                        sha256_bytes(lines.encode()))
 
 
 def compare_content(folder: str | Path, card: Card, present_only: bool = False) -> list[str]:
-    """One line for each folder of `card.content` that is missing from `folder` or differs; empty if all is right.
+    """One line for each folder of `card.content` that is missing from `folder` or differs; empty if
+    all is right.
 
     `present_only` says nothing about folders that are not there."""
     def words(digest: FolderDigest) -> str:
@@ -134,8 +144,9 @@ def compare_content(folder: str | Path, card: Card, present_only: bool = False) 
     return lines
 
 # %% ../../nbs/1_data/06_sources.ipynb #1f4c307d
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, gzip.BadGzipFile,
-           FileExistsError, NotADirectoryError, IsADirectoryError, NotImplementedError)
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError,
+           gzip.BadGzipFile, FileExistsError, NotADirectoryError, IsADirectoryError,
+           NotImplementedError)
 _DO_NOT_UNPACK = "do not unpack it; fetch it again from the source"
 
 
@@ -146,22 +157,26 @@ def _start(path: Path) -> bytes:
 
 @contextmanager
 def _open_archive(path: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
-    """The open zip, tar or tar.gz file, told apart by content; `ArchiveError` if neither, or damaged."""
+    """The open zip, tar or tar.gz file, told apart by content; `ArchiveError` if neither, or
+    damaged."""
     try:
         start = _start(path)
         packed = "r:gz" if start[:2] == b"\x1f\x8b" else "r:"
-        with (zipfile.ZipFile(path) if start[:2] == b"PK" else tarfile.open(path, packed)) as archive:
+        with (zipfile.ZipFile(path) if start[:2] == b"PK" else tarfile.open(path,
+                                                                            packed)) as archive:
             yield archive
     except _DAMAGE as error:
         raise ArchiveError("not a whole zip or tar archive", file=path,
-                           found=f"{describe_bytes(_start(path))} ({error})", expected="a zip or tar file",
-                           fix="fetch it again") from error
+                           found=f"{describe_bytes(_start(path))} ({error})",
+                           expected="a zip or tar file", fix="fetch it again") from error
 
 
 def _members(archive: zipfile.ZipFile | tarfile.TarFile) -> Iterator[tuple[str, int, bool]]:
-    """(name, declared bytes, whether a plain file or folder); a tar file is read only as far as the caller goes."""
+    """(name, declared bytes, whether a plain file or folder); a tar file is read only as far as the
+    caller goes."""
     if isinstance(archive, tarfile.TarFile):
-        yield from ((member.name, member.size, member.isreg() or member.isdir()) for member in archive)
+        yield from ((member.name, member.size, member.isreg() or member.isdir()) for member in
+                    archive)
         return
     for member in archive.infolist():
         kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was made elsewhere
@@ -180,7 +195,8 @@ def _objection(name: str, plain: bool, seen: set[str]) -> str:
 
 
 def _check_members(archive: zipfile.ZipFile | tarfile.TarFile, file: Path, most: int) -> None:
-    """`ArchiveError` if a member must not be unpacked, or if there are too many or too large ones."""
+    """`ArchiveError` if a member must not be unpacked, or if there are too many or too large
+    ones."""
     refused, seen, declared = [], set(), 0
     for name, size, plain in _members(archive):
         declared += size
@@ -193,8 +209,8 @@ def _check_members(archive: zipfile.ZipFile | tarfile.TarFile, file: Path, most:
             refused.append(f"{name!r} {objection}")
         seen.add(name)
     if refused:
-        raise ArchiveError("this archive holds members that must not be unpacked; nothing was", file=file,
-                           found=f"{len(refused)}: {'; '.join(refused[:5])}",
+        raise ArchiveError("this archive holds members that must not be unpacked; nothing was",
+                           file=file, found=f"{len(refused)}: {'; '.join(refused[:5])}",
                            expected="files and folders below the target", fix=_DO_NOT_UNPACK)
 
 
@@ -202,13 +218,14 @@ def safe_extract(archive: str | Path, target: str | Path, *, most: int = MAX_ARC
                  ratio: float = MAX_ARCHIVE_RATIO) -> None:
     """Unpacks a zip or tar file into the empty folder `target`.
 
-    `ArchiveError` before anything is written if a member is not a plain file or folder below the target, or if
-    more than `most` bytes, `ratio` times the size of the archive, or 100,000 members would be written; also if
-    the archive is damaged or lies about a size."""
+    `ArchiveError` before anything is written if a member is not a plain file or folder below the
+    target, or if more than `most` bytes, `ratio` times the size of the archive, or 100,000 members
+    would be written; also if the archive is damaged or lies about a size."""
     archive = Path(archive)
     with _open_archive(archive) as opened:
         _check_members(opened, archive, int(min(most, ratio * max(archive.stat().st_size, 1))))
-        opened.extractall(target, **({"filter": "data"} if isinstance(opened, tarfile.TarFile) else {}))
+        opened.extractall(target, **({"filter": "data"} if isinstance(opened, tarfile.TarFile) else
+                                     {}))
 
 # %% ../../nbs/1_data/06_sources.ipynb #cf55d615
 class _Counted:
@@ -221,7 +238,8 @@ class _Counted:
         """Writes `data`; `ChecksumError` where it is too much."""
         self.left -= len(data)
         if self.left < 0:
-            raise ChecksumError("the download is larger than it should be and was removed", file=self.file.name,
+            raise ChecksumError("the download is larger than it should be and was removed",
+                                file=self.file.name,
                                 fix="check the url; the server does not send what was asked for")
         return self.file.write(data)
 
@@ -247,23 +265,26 @@ def _failure(url: str, error: Exception, received: int) -> CovidSevError:
     """What to raise for a download that failed for good, after `received` bytes."""
     status = _http_status(error)
     if status is None and not received:
-        return DataMissingError(f"could not reach {url}", fix="check the network, or download it by hand",
+        return DataMissingError(f"could not reach {url}",
+                                fix="check the network, or download it by hand",
                                 found=f"{type(error).__name__} (offline, or a proxy in the way)")
     found = f"HTTP status {status}" if status else f"{received} bytes, then the connection was lost"
     return ChecksumError("the download failed and was removed", file=url, found=found,
                          expected="status 200 and a whole file", fix="try again later")
 
 
-def download(url: str, path: str | Path, *, most: int = MAX_ARCHIVE_BYTES, attempts: int = 3) -> Path:
+def download(url: str, path: str | Path, *, most: int = MAX_ARCHIVE_BYTES, attempts: int =
+             3) -> Path:
     """Fetches `url` into the new file `path`, beginning again when the connection is lost.
 
-    `DataMissingError` without a network, `ChecksumError` for an error page, more than `most` bytes, or a
-    download that keeps breaking off; then no file is left behind."""
+    `DataMissingError` without a network, `ChecksumError` for an error page, more than `most` bytes,
+    or a download that keeps breaking off; then no file is left behind."""
     import requests
 
     path = Path(path)
     if not re.match("https?://", url):
-        raise ConfigError("not an address that can be fetched", found=url, expected="http:// or https://")
+        raise ConfigError("not an address that can be fetched", found=url,
+                          expected="http:// or https://")
     for last in [False] * (attempts - 1) + [True]:
         try:
             _download_once(url, path, most)
@@ -291,33 +312,41 @@ def _check_archive(path: Path, url: str, sha256: str | None) -> None:
             pass
     except ArchiveError as error:
         raise ChecksumError("the download is not a whole archive and was removed", file=url,
-                            expected="a zip or tar file", found=found, fix="try again later") from error
+                            expected="a zip or tar file", found=found,
+                            fix="try again later") from error
 
 
 def _wanted_folder(content: Path, inside: str | None, url: str) -> Path:
-    """The folder of the unpacked archive to keep: at the top, or below the one folder of a repository's archive."""
-    for place in [content] if inside is None else [content / inside, *sorted(content.glob(f"*/{inside}"))]:
+    """The folder of the unpacked archive to keep: at the top, or below the one folder of a
+    repository's archive."""
+    for place in [content] if inside is None else [content / inside,
+                                                   *sorted(content.glob(f"*/{inside}"))]:
         if place.is_dir():
             return place
-    raise ArchiveError(f"the archive has no folder {inside}", file=url, fix="check that it is the right archive")
+    raise ArchiveError(f"the archive has no folder {inside}", file=url,
+                       fix="check that it is the right archive")
 
 
 def _check_content(folder: Path, card: Card, url: str) -> None:
     """`ChecksumError` with every folder that differs from the card."""
     if faults := compare_content(folder, card):
-        raise ChecksumError(f"{len(faults)} of {len(card.content)} folders of the download differ from the card; "
-                            "it was removed", file=url, found="; ".join(faults[:5]),
-                            expected="the sha256 of each folder as listed",
-                            fix="check the url; use the commit that the card names")
+        raise ChecksumError(
+            f"{len(faults)} of {len(card.content)} folders of the download differ from the card; "
+            "it was removed", file=url, found="; ".join(faults[:5]),
+            expected="the sha256 of each folder as listed",
+            fix="check the url; use the commit that the card names")
 
 
 def _fetch_archive(home: Path, card: Card, file: Mapping[str, Any]) -> str:
-    """Downloads, checks, unpacks and checks again in `home`/.fetch, then swaps in; returns the archive's hash."""
+    """Downloads, checks, unpacks and checks again in `home`/.fetch, then swaps in; returns the
+    archive's hash."""
     work = home / ".fetch"
-    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed: the lock says that nobody uses it
+    # of a process that was killed: the lock says that nobody uses it
+    shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir()
-        archive = download(file["url"], work / "archive", most=file.get("most_mb", 20_000) * 1_000_000)
+        archive = download(file["url"], work / "archive", most=file.get("most_mb", 20_000) *
+                           1_000_000)
         _check_archive(archive, file["url"], file.get("sha256"))
         safe_extract(archive, work / "content")
         folder = _wanted_folder(work / "content", file.get("inside"), file["url"])
@@ -331,29 +360,34 @@ def _fetch_archive(home: Path, card: Card, file: Mapping[str, Any]) -> str:
 
 
 def _is_whole(home: Path, card: Card, file: Mapping[str, Any], fetched: Mapping[str, str]) -> bool:
-    """Whether the folder of `file` is there already: by its content, else by the hash of its archive."""
+    """Whether the folder of `file` is there already: by its content, else by the hash of its
+    archive."""
     folder = home / file["folder"]
-    known = not compare_content(folder, card) if card.content else fetched.get(file["folder"]) == file["sha256"]
+    known = not compare_content(
+        folder, card) if card.content else fetched.get(file["folder"]) == file["sha256"]
     return folder.is_dir() and known
 
 
 def _make_home(folder: Path) -> Path:
-    """`folder`, made if need be and tried for writing; `ConfigError` before any download if that fails."""
+    """`folder`, made if need be and tried for writing; `ConfigError` before any download if that
+    fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        raise ConfigError("cannot write to the folder for the data", file=folder, found=error.strerror,
-                          fix="name another one with --root") from error
+        raise ConfigError("cannot write to the folder for the data", file=folder,
+                          found=error.strerror, fix="name another one with --root") from error
 
 
-def fetch(card: Card, root: str | Path, *, force: bool = False, echo: Callable[[str], Any] = print) -> Path:
-    """Fetches the archives of a card into `<root>/<name>/`, checks and unpacks them; returns that folder.
+def fetch(card: Card, root: str | Path, *, force: bool = False, echo: Callable[[str], Any] =
+          print) -> Path:
+    """Fetches the archives of a card into `<root>/<name>/`, checks and unpacks them; returns that
+    folder.
 
-    What is there already and whole is kept, unless `force`. Any failure leaves what was there before. Errors:
-    `DataMissingError` (no network), `ChecksumError`, `ArchiveError`, `ConfigError` (cannot write),
-    `RunLockedError` (another process is fetching)."""
+    What is there already and whole is kept, unless `force`. Any failure leaves what was there
+    before. Errors: `DataMissingError` (no network), `ChecksumError`, `ArchiveError`, `ConfigError`
+    (cannot write), `RunLockedError` (another process is fetching)."""
     home = _make_home(Path(root) / card.name)
     with run_lock(home):
         note = home / "SOURCE.json"
@@ -366,8 +400,8 @@ def fetch(card: Card, root: str | Path, *, force: bool = False, echo: Callable[[
             try:
                 fetched[file["folder"]] = _fetch_archive(home, card, file)
             except DataMissingError as error:
-                raise DataMissingError(f"{error.what}; {card.title} was not fetched", found=error.found,
-                                       fix=how_to_get(card)) from error
+                raise DataMissingError(f"{error.what}; {card.title} was not fetched",
+                                       found=error.found, fix=how_to_get(card)) from error
             write_json(note, {"name": card.name, "page": card.page, "licence": card.licence,
                               "citation": card.citation, "files": fetched})
     return home
@@ -375,11 +409,13 @@ def fetch(card: Card, root: str | Path, *, force: bool = False, echo: Callable[[
 # %% ../../nbs/1_data/06_sources.ipynb #7799f862
 def read_rows(path: str | Path, *, need: Sequence[str] = (),
               names: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, str]]]:
-    """(row number, {column: text}) of a table, one at a time; names in lower case, texts without blanks at the ends.
+    """(row number, {column: text}) of a table, one at a time; names in lower case, texts without
+    blanks at the ends.
 
-    Takes comma, semicolon and tab, a byte-order mark, a last column without a name (left out), and empty rows
-    (left out). names: of a table without a header. `ConfigError` with the row number for a row of another
-    length, for a column that is there twice, and for missing columns that are in `need`."""
+    Takes comma, semicolon and tab, a byte-order mark, a last column without a name (left out), and
+    empty rows (left out). names: of a table without a header. `ConfigError` with the row number for
+    a row of another length, for a column that is there twice, and for missing columns that are in
+    `need`."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline()
@@ -401,28 +437,33 @@ def _check_header(header: Sequence[str], need: Sequence[str], path: str | Path) 
     """`ConfigError` for a column that is there twice, or missing."""
     twice = sorted(name for name, count in Counter(header).items() if name and count > 1)
     if twice or not any(header):
-        raise ConfigError("the header of the table is not clear", file=path, found=", ".join(twice) or "no names",
-                          expected="each column named once, in row 1")
+        raise ConfigError("the header of the table is not clear", file=path, found=", ".join(twice)
+                          or "no names", expected="each column named once, in row 1")
     if missing := [name for name in need if name not in header]:
         raise ConfigError("the table has no such column", file=path,
-                          found=f"columns {', '.join(filter(None, header))}", expected=", ".join(missing))
+                          found=f"columns {', '.join(filter(None, header))}",
+                          expected=", ".join(missing))
 
 
-def _record(header: Sequence[str], fields: Sequence[str], row: int, path: str | Path) -> dict[str, str]:
+def _record(header: Sequence[str], fields: Sequence[str], row: int, path: str | Path) -> dict[str,
+                                                                                              str]:
     """The texts of one row by the names of the columns."""
     if len(fields) < len(header) or any(text.strip() for text in fields[len(header):]):
-        raise ConfigError(f"row {row} does not fit the header", file=path, found=f"{len(fields)} fields",
-                          expected=f"{len(header)} fields", fix="quote fields that hold the separator")
+        raise ConfigError(f"row {row} does not fit the header", file=path,
+                          found=f"{len(fields)} fields", expected=f"{len(header)} fields",
+                          fix="quote fields that hold the separator")
     return {name: text.strip() for name, text in zip(header, fields) if name}
 
 # %% ../../nbs/1_data/06_sources.ipynb #1fddc553
 _MORBIDITY = {"mild": "mild", "regular": "regular", "severe": "severe", "critically": "critical",
               "critical": "critical", "control": None, "suspected": None}
-_ICTCF_TEXT = ("patient", "age", "gender", "nat", "ct", "age group", "mortality", "morbidity", "hospital")
+_ICTCF_TEXT = ("patient", "age", "gender", "nat", "ct", "age group", "mortality", "morbidity",
+               "hospital")
 
 
 class Patient(NamedTuple):
-    """A row of the iCTCF table; `severity` is None for "control", "suspected" and where none is given."""
+    """A row of the iCTCF table; `severity` is None for "control", "suspected" and where none is
+    given."""
 
     number: int
     severity: str | None
@@ -437,25 +478,29 @@ def _ictcf_row(row: int, record: dict[str, str]) -> Patient | str:
     def text(start: str) -> str:
         return next((value for name, value in record.items() if name.startswith(start)), "")
 
-    number, word = re.search(r"\d+", text("patient")), (text("morbidity").casefold().split() or [""])[0]
+    number, word = re.search(r"\d+", text("patient")), (text("morbidity").casefold().split() or
+                                                        [""])[0]
     if number is None:
         return f"row {row}: no patient"
     if word and word not in _MORBIDITY:
         return f"row {row}: unknown class {text('morbidity')!r}"
     ct = record.get("ct", record.get("is_ct", "")).casefold()
-    return Patient(int(number[0]), _MORBIDITY.get(word), word or "not given", ct, text("mortality").casefold(), row)
+    return Patient(int(number[0]), _MORBIDITY.get(word), word or "not given", ct,
+                   text("mortality").casefold(), row)
 
 
 def read_ictcf_table(path: str | Path) -> dict[int, Patient]:
-    """Patient number -> `Patient`, from the site's text or any CSV with columns patient and morbidity.
+    """Patient number -> `Patient`, from the site's text or any CSV with columns patient and
+    morbidity.
 
-    `ConfigError` that lists every row with an unknown class, without a patient, or of a patient who is there
-    already."""
+    `ConfigError` that lists every row with an unknown class, without a patient, or of a patient who
+    is there already."""
     bare = re.match(rb"(\xef\xbb\xbf)?\"?Patient[ _]?\d", _start(Path(path))) is not None
     patients, faults = {}, []
     for row, record in read_rows(path, names=_ICTCF_TEXT if bare else None):
         if not any(name.startswith("morbidity") for name in record):
-            raise ConfigError("the table has no such column", file=path, found=f"columns {', '.join(record)}",
+            raise ConfigError("the table has no such column", file=path,
+                              found=f"columns {', '.join(record)}",
                               expected="patient and morbidity")
         one = _ictcf_row(row, record)
         if isinstance(one, Patient) and one.number in patients:
@@ -477,9 +522,10 @@ def read_ictcf_table(path: str | Path) -> dict[int, Patient]:
 class Sample:
     """One scan or slice of a data set: where its files are and what is known about it; no pixels.
 
-    `case_id` is unique within `source`. `group` is its patient (or scan) in the name space that all sets share,
-    such as "coronacases:001"; "covid-ct:*" is somebody of COVID-CT, not known who. `images`: one volume, one
-    picture, or the slices of a scan in order; may be empty. `masks`: kind -> file. `unit`: "HU" or "grey"."""
+    `case_id` is unique within `source`. `group` is its patient (or scan) in the name space that all
+    sets share, such as "coronacases:001"; "covid-ct:*" is somebody of COVID-CT, not known who.
+    `images`: one volume, one picture, or the slices of a scan in order; may be empty. `masks`: kind
+    -> file. `unit`: "HU" or "grey"."""
 
     source: str
     case_id: str
@@ -496,15 +542,16 @@ class Sample:
 
 
 class Log:
-    """Where the walk through a data set reports: `strict` raises the first fault, else all are counted."""
+    """Where the walk through a data set reports: `strict` raises the first fault, else all are
+    counted."""
 
     def __init__(self, strict: bool = False):
         self.strict, self._faults, self._notices = strict, {}, {}
 
     @staticmethod
     def _lines(table: dict[str, list[str]]) -> list[str]:
-        return [what + (f": {len(places)} ({', '.join(places[:5])}{', ...' * (len(places) > 5)})" if any(places)
-                        else "") for what, places in table.items()]
+        return [what + (f": {len(places)} ({', '.join(places[:5])}{', ...' * (len(places) > 5)})" if
+                        any(places) else "") for what, places in table.items()]
 
     def fault(self, error: CovidSevError) -> None:
         """Raises `error`, or counts it under what it says."""
@@ -529,20 +576,24 @@ class Log:
 
 
 def scan_name(name: str) -> str:
-    """The authors' name of a scan of the 20-case set, from any of the names in use; other names as they are."""
-    for words, plain in (("_org", ""), ("covid-19-pneumonia-", ""), ("-dcm", ""), ("radiopaedia_r", "radiopaedia_")):
+    """The authors' name of a scan of the 20-case set, from any of the names in use; other names as
+    they are."""
+    for words, plain in (("_org", ""), ("covid-19-pneumonia-", ""), ("-dcm", ""), ("radiopaedia_r",
+                                                                                   "radiopaedia_")):
         name = name.replace(words, plain)
     return name
 
 
 def scan_patient(source: str, scan: str) -> str:
-    """The group of a scan: "coronacases:001", "radiopaedia:10" for all scans of case 10, else "source:scan"."""
+    """The group of a scan: "coronacases:001", "radiopaedia:10" for all scans of case 10, else
+    "source:scan"."""
     match = re.fullmatch(r"(coronacases|radiopaedia)_(\d+)(_.*)?", scan_name(scan))
     return f"{match[1]}:{match[2]}" if match else f"{source}:{scan}"
 
 # %% ../../nbs/1_data/06_sources.ipynb #37346128
 def path_below(root: Path, name: str) -> Path:
-    """`name`, which may begin with "/", as a path below `root`; `ConfigError` if it leads out of it."""
+    """`name`, which may begin with "/", as a path below `root`; `ConfigError` if it leads out of
+    it."""
     parts = [part for part in re.split(r"[\\/]+", name) if part not in ("", ".")]
     if ".." in parts or any(":" in part for part in parts):
         raise ConfigError("a path that leads out of its data set", file=root, found=name)
@@ -550,34 +601,40 @@ def path_below(root: Path, name: str) -> Path:
 
 
 def _place(folder: Path, pattern: str, record: Mapping[str, Any]) -> Path:
-    """The file that a pattern names for a row; only the card itself may lead to the set next door."""
+    """The file that a pattern names for a row; only the card itself may lead to the set next
+    door."""
     beside = pattern.startswith("../")
-    return path_below(folder.parent if beside else folder, pattern.removeprefix("../").format(**record))
+    return path_below(folder.parent if beside else folder,
+                      pattern.removeprefix("../").format(**record))
 
 
-def _joined_rows(folder: Path, read: Mapping[str, Any]) -> Iterator[tuple[Path, int, dict[str, str]]]:
-    """(table, row number, record) of a set's table, each with the columns of the table that it is joined with."""
+def _joined_rows(folder: Path, read: Mapping[str, Any]) -> Iterator[tuple[Path, int, dict[str,
+                                                                                          str]]]:
+    """(table, row number, record) of a set's table, each with the columns of the table that it is
+    joined with."""
     path = next((folder / name for name in read["table"] if (folder / name).is_file()), None)
     if path is None:
-        raise DataMissingError("the table of this data set is missing", file=folder / read["table"][0],
-                               fix="save it as CSV beside the data")
+        raise DataMissingError("the table of this data set is missing", file=folder /
+                               read["table"][0], fix="save it as CSV beside the data")
     other, key = {}, read.get("join", {}).get("on", "")
     if key:
         other = {row[key]: row for _, row in read_rows(folder / read["join"]["table"], need=[key])}
     for number, row in read_rows(path):
         if key and row.get(key) not in other:
-            raise ConfigError(f"row {number}: {read['join']['table']} does not have this {key}", file=path,
-                              found=row.get(key))
+            raise ConfigError(f"row {number}: {read['join']['table']} does not have this {key}",
+                              file=path, found=row.get(key))
         yield path, number, {**other.get(row.get(key), {}), **row}
 
 
-def _check_record(read: Mapping[str, Any], path: Path, number: int, record: dict, seen: set) -> None:
+def _check_record(read: Mapping[str, Any], path: Path, number: int, record: dict, seen:
+                  set) -> None:
     """`ConfigError` where a row has an unknown class, or names a sample that is there already."""
     column, *classes = read.get("classes", [""])
     key = record.get(read.get("unique", ""), number)
     if (column and record.get(column) not in classes) or key in seen:
         raise ConfigError(f"row {number}: no class, or a sample that is there twice", file=path,
-                          found=f"{key}, {record.get(column)}", expected=f"each once, {', '.join(classes)}")
+                          found=f"{key}, {record.get(column)}",
+                          expected=f"each once, {', '.join(classes)}")
     seen.add(key)
 
 
@@ -590,7 +647,8 @@ def _walk_table(card: Card, folder: Path, log: Log) -> Iterator[Sample]:
             continue
         scan = scan_name(read["scan"].format(**record))
         image = _place(folder, read["image"], record)
-        masks = {kind: _place(folder, pattern, record) for kind, pattern in read.get("masks", {}).items()}
+        masks = {kind: _place(folder, pattern, record) for kind, pattern in read.get("masks",
+                                                                                     {}).items()}
         masks = {kind: mask for kind, mask in masks.items() if mask.is_file()}
         if image.is_file() or masks:
             labels = {kind: text.format(**record) for kind, text in read.get("labels", {}).items()}
@@ -606,12 +664,15 @@ def _unit(read: Mapping[str, Any], image: Path) -> str:
 def _folders(top: Path) -> Iterator[Path]:
     """`top` and every visible folder below it, in natural order; links are not followed."""
     for place, inner, _ in os.walk(top):
-        inner[:] = sorted((name for name in inner if not name.startswith((".", "__MACOSX"))), key=natural_key)
+        inner[:] = sorted((name for name in inner if not name.startswith((".", "__MACOSX"))),
+                          key=natural_key)
         yield Path(place)
 
 
-def _picture_groups(folder: Path, pattern: str) -> Iterator[tuple[dict[str, str], tuple[Path, ...]]]:
-    """(named groups, pictures in natural order) for each run of pictures of one folder that match alike."""
+def _picture_groups(folder: Path, pattern: str) -> Iterator[tuple[dict[str, str], tuple[Path,
+                                                                                        ...]]]:
+    """(named groups, pictures in natural order) for each run of pictures of one folder that match
+    alike."""
     for place in _folders(folder):
         def whose(path: Path) -> tuple | None:
             match = re.fullmatch(pattern, path.relative_to(folder).as_posix(), re.IGNORECASE)
@@ -623,27 +684,32 @@ def _picture_groups(folder: Path, pattern: str) -> Iterator[tuple[dict[str, str]
 
 
 def _walk_pictures(card: Card, folder: Path, log: Log) -> Iterator[Sample]:
-    """A sample for each group of pictures whose paths match the card's pattern; the severity of patients joined."""
+    """A sample for each group of pictures whose paths match the card's pattern; the severity of
+    patients joined."""
     read, patients = card.read, {}
     if "patients" in read:
-        tables = [path for path in sorted(folder.iterdir()) if re.fullmatch(read["patients"], path.name, re.I)]
+        tables = [path for path in sorted(folder.iterdir()) if re.fullmatch(read["patients"],
+                                                                            path.name, re.I)]
         patients = read_ictcf_table(tables[0]) if tables else {}
         _note_table(patients, log)
     for groups, images in _picture_groups(folder, read["pictures"]):
         one = patients.get(int(groups["patient"])) if "patient" in groups else None
         if patients and one is None:
-            log.fault(ConfigError("a patient who is not in the table", file=images[0], found=groups["patient"]))
+            log.fault(ConfigError("a patient who is not in the table", file=images[0],
+                                  found=groups["patient"]))
         labels = {**groups, **(one._asdict() if one else {})}
-        yield Sample(card.name, read["case_id"].format(**groups).strip(" /"), read["group"].format(**groups),
-                     images, labels=labels)
+        yield Sample(card.name, read["case_id"].format(**groups).strip(" /"),
+                     read["group"].format(**groups), images, labels=labels)
 
 
 def _note_table(patients: Mapping[int, Patient], log: Log) -> None:
-    """Says how many patients of the table have which class, and that a class without a severity is none."""
+    """Says how many patients of the table have which class, and that a class without a severity is
+    none."""
     if not patients:
         log.notice("no table of patients: severity is not known")
     for word, count in sorted(Counter(one.morbidity for one in patients.values()).items()):
-        log.notice(f"{count} patients of the table are {word}" + " (no severity)" * (_MORBIDITY.get(word) is None))
+        log.notice(f"{count} patients of the table are {word}" + " (no severity)" *
+                   (_MORBIDITY.get(word) is None))
 
 # %% ../../nbs/1_data/06_sources.ipynb #68d24c2d
 class Source:
@@ -657,20 +723,24 @@ class Source:
                                        for paths in self.card.read["here"])
 
     def locate(self, root: str | Path | None = None) -> Path:
-        """The top folder of this set at or below `root` (default: the data root); `DataMissingError`."""
+        """The top folder of this set at or below `root` (default: the data root);
+        `DataMissingError`."""
         root = data_root(root) if root is None else check_folder(root)
         if root is not None:
-            tops = [root, *(root / name for name in (self.name, *self.card.read.get("aliases", ())))]
-            inner = [path for top in [*tops[1:], root] if top.is_dir() for path in sorted(top.iterdir())]
+            tops = [root, *(root / name for name in (self.name, *self.card.read.get("aliases",
+                                                                                    ())))]
+            inner = [path for top in [*tops[1:], root] if top.is_dir() for path in
+                     sorted(top.iterdir())]
             for folder in [*tops[1:], root, *inner]:
                 if self._is_here(folder):
                     return folder
-        raise DataMissingError(f"{self.card.title} is not there", file=root, expected=self.card.layout,
-                               fix=how_to_get(self.card))
+        raise DataMissingError(f"{self.card.title} is not there", file=root,
+                               expected=self.card.layout, fix=how_to_get(self.card))
 
     def walk(self, folder: Path, log: Log) -> Iterator[Sample]:
         """The samples of the copy in `folder`, one at a time; faults go to `log`."""
-        return (_walk_table if "table" in self.card.read else _walk_pictures)(self.card, folder, log)
+        return (_walk_table if "table" in self.card.read else _walk_pictures)(self.card, folder,
+                                                                              log)
 
     def find(self, root: str | Path | None = None) -> Iterator[Sample]:
         """The samples below `root`, one at a time; raises at the first fault."""
@@ -681,7 +751,8 @@ SOURCES = {name: Source(card) for name, card in cards().items() if card.read}
 
 
 def get_source(name: str) -> Source:
-    """The data source called `name`; `ConfigError` if there is none, or if nothing here reads it."""
+    """The data source called `name`; `ConfigError` if there is none, or if nothing here reads
+    it."""
     if name in cards() and name not in SOURCES:
         raise ConfigError(f"{name} is on the list of data sets, but nothing here reads it this way",
                           expected=f"one of {', '.join(SOURCES)}")
@@ -689,11 +760,13 @@ def get_source(name: str) -> Source:
 
 # %% ../../nbs/1_data/06_sources.ipynb #875eddeb
 class Masks(NamedTuple):
-    """The arrays of a sample, all of one shape: (rows, columns) as displayed, or (X, Y, Z) in RAS+ order.
+    """The arrays of a sample, all of one shape: (rows, columns) as displayed, or (X, Y, Z) in RAS+
+    order.
 
-    `image` float32 in `unit` ("HU", "grey" 0..255). `lungs` uint8, 1 right and 2 left, or bool where the
-    source does not tell the sides. `infection` bool; `experts` bool, the infection as other experts drew it.
-    `spacing_mm` in the order of the axes. None for what the source does not have."""
+    `image` float32 in `unit` ("HU", "grey" 0..255). `lungs` uint8, 1 right and 2 left, or bool
+    where the source does not tell the sides. `infection` bool; `experts` bool, the infection as
+    other experts drew it. `spacing_mm` in the order of the axes. None for what the source does not
+    have."""
 
     image: np.ndarray | None = None
     unit: str = "grey"
@@ -704,14 +777,16 @@ class Masks(NamedTuple):
 
 
 def _mask_of(path: Path, sample: Sample, read: Mapping[str, Any]) -> np.ndarray:
-    """The mask of a slice, bool; laid on the image's crop where it was drawn on a coarser grid of the scan."""
+    """The mask of a slice, bool; laid on the image's crop where it was drawn on a coarser grid of
+    the scan."""
     if path.suffix == ".npz":  # soft, one array for all slices of the scan
         with np.load(path, allow_pickle=False) as stack:
             mask = resize_image(stack["inf"][int(sample.labels["k"])], read["grid"]) > 127
     else:
         mask = read_mask(path, binarize=0 if read.get("any_value") else None)
     if "grid" in read:
-        rows, columns = (slice(*(int(sample.labels[f"crop_{axis}{end}"]) for end in "01")) for axis in "rc")
+        rows, columns = (slice(*(int(sample.labels[f"crop_{axis}{end}"]) for end in "01")) for axis
+                         in "rc")
         mask = resize_labels(mask.astype(np.uint8), read["grid"])[rows, columns] > 0
     return mask
 
@@ -722,11 +797,13 @@ def _load_slice(sample: Sample, read: Mapping[str, Any]) -> Masks:
     if image is not None and "hu" in read:
         slope, intercept = (float(text.format(**sample.labels)) for text in read["hu"])
         image = image * np.float32(slope) + np.float32(intercept)
-    arrays = {"image": image, **{kind: _mask_of(path, sample, read) for kind, path in sample.masks.items()}}
+    arrays = {"image": image, **{kind: _mask_of(path, sample, read) for kind, path in
+                                 sample.masks.items()}}
     arrays = {kind: array for kind, array in arrays.items() if array is not None}
     if len({array.shape for array in arrays.values()}) > 1:
-        raise GeometryError("image and masks of a slice differ in shape", file=[*sample.images, *sample.masks.values()][0],
-                            found={kind: array.shape for kind, array in arrays.items()})
+        raise GeometryError(
+            "image and masks of a slice differ in shape", file=[*sample.images,
+            *sample.masks.values()][0], found={kind: array.shape for kind, array in arrays.items()})
     column, value = read.get("upside_down", ("", None))
     if sample.labels.get(column) == value and column:
         arrays = {kind: array[::-1] for kind, array in arrays.items()}
@@ -748,10 +825,11 @@ Split = Callable[[np.ndarray, tuple[float, ...] | None], tuple[np.ndarray, str]]
 
 
 def load_masks(sample: Sample, split: Split | None = None) -> Masks:
-    """Image, lungs (1 right, 2 left) and infection of a slice or volume, in one geometry; see `Masks`.
+    """Image, lungs (1 right, 2 left) and infection of a slice or volume, in one geometry; see
+    `Masks`.
 
-    split: `covidsev.severity.lungs.split_lungs`, for sources whose lung masks do not tell the sides; without it
-    their `lungs` is bool. Errors: those of reading."""
+    split: `covidsev.severity.lungs.split_lungs`, for sources whose lung masks do not tell the
+    sides; without it their `lungs` is bool. Errors: those of reading."""
     first = next(iter([*sample.images, *sample.masks.values()]))
     is_volume = first.name.endswith((".nii", ".nii.gz"))
     masks = _load_volume(sample) if is_volume else _load_slice(sample, get_card(sample.source).read)
@@ -762,7 +840,8 @@ def load_masks(sample: Sample, split: Split | None = None) -> Masks:
 # %% ../../nbs/1_data/06_sources.ipynb #8a177b54
 @dataclass
 class DataReport:
-    """What a check found: tables, faults (unusable), notices (worth knowing); `str()` prints all."""
+    """What a check found: tables, faults (unusable), notices (worth knowing); `str()` prints
+    all."""
 
     name: str
     tables: "dict[str, pandas.DataFrame]"
@@ -775,24 +854,29 @@ class DataReport:
         return not self.faults
 
     def __str__(self) -> str:
-        tables = [f"{title}\n{table.to_string(index=False)}" for title, table in self.tables.items() if len(table)]
-        lists = ["\n".join([f"{len(lines)} {word}{'s' * (len(lines) != 1)}", *(f"  - {line}" for line in lines)])
-                 for word, lines in (("notice", self.notices), ("fault", self.faults))]
+        tables = [f"{title}\n{table.to_string(index=False)}" for title, table in self.tables.items()
+                  if len(table)]
+        lists = ["\n".join([f"{len(lines)} {word}{'s' * (len(lines) != 1)}", *(f"  - {line}" for
+                                                                               line in lines)]) for
+                 word, lines in (("notice", self.notices), ("fault", self.faults))]
         return "\n\n".join([self.name, *tables, *lists])
 
 
 def _check_manifest(folder: Path, log: Log) -> None:
-    """Compares the files with a MANIFEST.csv (path, sha256) in or above `folder`, where there is one."""
+    """Compares the files with a MANIFEST.csv (path, sha256) in or above `folder`, where there is
+    one."""
     path = next((place / "MANIFEST.csv" for place in (folder, folder.parent)
                  if (place / "MANIFEST.csv").is_file()), None)
     for _, row in read_rows(path, need=["path", "sha256"]) if path else ():
         file = path_below(path.parent, row["path"])
         if not file.is_file() or sha256_file(file) != row["sha256"]:
-            log.fault(ReadError("a file is missing or is not the one in MANIFEST.csv", file=row["path"]))
+            log.fault(ReadError("a file is missing or is not the one in MANIFEST.csv",
+                                file=row["path"]))
 
 
 def _look(sample: Sample, log: Log) -> None:
-    """Opens the files of a sample: masks are loaded with their image, pictures told by their first bytes."""
+    """Opens the files of a sample: masks are loaded with their image, pictures told by their first
+    bytes."""
     try:
         if sample.masks:
             load_masks(sample)
@@ -811,8 +895,9 @@ def _check_source(source: Source, root: str | Path | None) -> DataReport:
         for sample in progress(source.walk(folder, log), desc=f"check {source.name}"):
             _look(sample, log)
             groups.add(sample.group)
-            counts.update([("samples", ""), ("unit", sample.unit), *(("mask", kind) for kind in sample.masks),
-                           *((name, str(sample.labels.get(name))) for name in source.card.read["count"])])
+            counts.update(
+                [("samples", ""), ("unit", sample.unit), *(("mask", kind) for kind in sample.masks),
+                *((name, str(sample.labels.get(name))) for name in source.card.read["count"])])
             counts["image files", ""] += len(sample.images)
         _check_manifest(folder, log)
     except CovidSevError as error:
@@ -823,34 +908,42 @@ def _check_source(source: Source, root: str | Path | None) -> DataReport:
     if not samples and not log.notices:
         log.fault(DataMissingError("the folder holds no sample", file=folder))
     rows = sorted([("groups", "", len(groups)), *((*key, count) for key, count in counts.items())])
-    return DataReport(source.card.title, {"What is there": pandas.DataFrame(rows, columns=["what", "value", "number"])},
-                      log.faults, log.notices)
+    return DataReport(
+        source.card.title, {"What is there": pandas.DataFrame(rows, columns=["what", "value",
+        "number"])}, log.faults, log.notices)
 
 # %% ../../nbs/1_data/06_sources.ipynb #c0e181f5
 def _semiseg_notices(folder: Path, ids: Sequence[str]) -> list[str]:
-    """Facts about the published slices that a reader of results should know; none for somebody's own slices."""
+    """Facts about the published slices that a reader of results should know; none for somebody's
+    own slices."""
     if read_note(folder):
         return []
     crossing = [stem for stem in ids if scan_group(stem) in KNOWN_SHARED_GROUPS]
     priors = [folder / "TrainingSet" / name for name in ("MultiClassInfection-Train/Prior",
                                                          "LungInfection-Train/Doctor-label/GT")]
-    same = all(place.is_dir() for place in priors) and len({folder_digest(place) for place in priors}) == 1
-    return ([f"same scan on both sides of the split: test {', '.join(crossing)}; give results with and without "
-             "them"] * bool(crossing)
+    same = all(place.is_dir() for place in priors) and len({folder_digest(place) for place in
+                                                            priors}) == 1
+    changed = compare_content(folder, get_card("covid-semiseg"), present_only=True)
+    return ([f"same scan on both sides of the split: test {', '.join(crossing)}; give results with and "
+             "without them"] * bool(crossing)
             + ["prior_is_ground_truth: the published priors are the training masks"] * same
-            + [f"not the published files: {line}" for line in compare_content(folder, get_card("covid-semiseg"), True)])
+            + [f"not the published files: {line}" for line in changed])
 
 
 def _semiseg_row(split: str, slices: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list:
-    """Slices, pixels of each class, and the infected share in percent (min, mean, max) of a split."""
-    counts = np.array([np.bincount(labels.ravel(), minlength=3) for _, labels in slices.values()]).reshape(-1, 3)
-    share = 100 * counts[:, 1:].sum(axis=1) / counts.sum(axis=1) if len(counts) else np.full(1, np.nan)
+    """Slices, pixels of each class, and the infected share in percent (min, mean, max) of a
+    split."""
+    counts = np.array([np.bincount(labels.ravel(), minlength=3) for _, labels in
+                       slices.values()]).reshape(-1, 3)
+    share = 100 * counts[:, 1:].sum(axis=1) / counts.sum(axis=1) if len(counts) else np.full(1,
+                                                                                             np.nan)
     return [split, len(slices), *counts.sum(axis=0).tolist(),
             *(round(float(summary(share)), 1) for summary in (np.min, np.mean, np.max))]
 
 
 def check_covid_semiseg(root: str | Path | None = None) -> DataReport:
-    """Reads a whole copy of COVID-SemiSeg; reports pixels, every fault and notices; raises only without data."""
+    """Reads a whole copy of COVID-SemiSeg; reports pixels, every fault and notices; raises only
+    without data."""
     import pandas
 
     folder, rows, faults, notices = find_covid_semiseg(root), [], [], []
@@ -867,28 +960,33 @@ def check_covid_semiseg(root: str | Path | None = None) -> DataReport:
         notices.append(f"unlabelled slices: {load_unlabelled(folder)}")
     except DataMissingError as error:
         notices.append(error.what)
-    names = ["split", "slices", "background_px", "ggo_px", "consolidation_px", "infected_%_min", "infected_%_mean",
-             "infected_%_max"]
-    return DataReport("COVID-SemiSeg", {"Pixels": pandas.DataFrame(rows, columns=names)}, faults, notices)
+    names = ["split", "slices", "background_px", "ggo_px", "consolidation_px", "infected_%_min",
+             "infected_%_mean", "infected_%_max"]
+    return DataReport("COVID-SemiSeg", {"Pixels": pandas.DataFrame(rows, columns=names)}, faults,
+                      notices)
 
 
 def check_data(name: str, root: str | Path | None = None) -> DataReport:
-    """Reads a whole copy of data set `name` and lists every fault at once; raises only without a copy."""
-    return check_covid_semiseg(root) if name == "covid-semiseg" else _check_source(get_source(name), root)
+    """Reads a whole copy of data set `name` and lists every fault at once; raises only without a
+    copy."""
+    return check_covid_semiseg(root) if name == "covid-semiseg" else _check_source(get_source(name),
+                                                                                   root)
 
 
 def get_data(name: str, root: str | Path, *, url: str | None = None, sha256: str | None = None,
              force: bool = False, echo: Callable[[str], Any] = print) -> Path:
     """Fetches data set `name` into `<root>/<name>/`, or says through `echo` how to get it by hand.
 
-    The card with the licence is shown first. `url` and `sha256` (of the archive): a mirror, for a set that is
-    one archive; its content is checked in every case. `DataMissingError` for a set that has to be fetched by
-    hand and is not there; errors of a download as for `fetch`."""
+    The card with the licence is shown first. `url` and `sha256` (of the archive): a mirror, for a
+    set that is one archive; its content is checked in every case. `DataMissingError` for a set that
+    has to be fetched by hand and is not there; errors of a download as for `fetch`."""
     card = get_card(name)
     if url or sha256:
         if len(card.files) != 1:
-            raise ConfigError("a mirror can be named only for a set that is one archive", found=name)
-        file = {**card.files[0], **({"url": url} if url else {}), **({"sha256": sha256} if sha256 else {})}
+            raise ConfigError("a mirror can be named only for a set that is one archive",
+                              found=name)
+        file = {**card.files[0], **({"url": url} if url else {}), **({"sha256": sha256} if sha256
+                                                                     else {})}
         card = Card(**{**vars(card), "files": [file]})
     echo(describe(card))
     if card.files:
@@ -896,5 +994,5 @@ def get_data(name: str, root: str | Path, *, url: str | None = None, sha256: str
     try:
         return get_source(name).locate(root)
     except CovidSevError as error:
-        raise DataMissingError(f"{card.title} cannot be fetched by a program", found="nothing there yet",
-                               fix=how_to_get(card)) from error
+        raise DataMissingError(f"{card.title} cannot be fetched by a program",
+                               found="nothing there yet", fix=how_to_get(card)) from error

@@ -24,8 +24,8 @@ from nibabel.arrayproxy import ArrayProxy
 from nibabel.orientations import apply_orientation, inv_ornt_aff, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
-from ..core import (MAX_DECODED_BYTES, MAX_VOLUME_SHAPE, ConfigError, GeometryError, MissingExtraError,
-                           ReadError, sha256_bytes, sha256_file)
+from ..core import (MAX_DECODED_BYTES, MAX_VOLUME_SHAPE, ConfigError, GeometryError,
+                           MissingExtraError, ReadError, sha256_bytes, sha256_file)
 from .pictures import natural_key
 
 # %% ../../nbs/1_data/04_volumes.ipynb #c5a22df0
@@ -33,10 +33,11 @@ _RAS = nibabel.orientations.axcodes2ornt("RAS")
 
 
 class Grid(NamedTuple):
-    """How the user's own array lies: `shape` (3 numbers), `affine` 4 x 4 to RAS+ mm, and the way to RAS+ and back.
+    """How the user's own array lies: `shape` (3 numbers), `affine` 4 x 4 to RAS+ mm, and the way to
+    RAS+ and back.
 
-    `ndim` is 2, 3 or 4 in the file. `assumed`: axis codes that the user gave because the file has none, else
-    None. The affine is regular, see `check_affine`."""
+    `ndim` is 2, 3 or 4 in the file. `assumed`: axis codes that the user gave because the file has
+    none, else None. The affine is regular, see `check_affine`."""
 
     shape: tuple[int, int, int]
     affine: np.ndarray
@@ -54,7 +55,8 @@ class Grid(NamedTuple):
 
     def stored(self, canonical: np.ndarray) -> np.ndarray:
         """A view of a canonical array, in the user's order: the inverse of `canonical`."""
-        return apply_orientation(canonical, ornt_transform(_RAS, nibabel.io_orientation(self.affine)))
+        return apply_orientation(canonical, ornt_transform(_RAS,
+                                                           nibabel.io_orientation(self.affine)))
 
     @property
     def canonical_affine(self) -> np.ndarray:
@@ -62,12 +64,15 @@ class Grid(NamedTuple):
         return self.affine @ inv_ornt_aff(nibabel.io_orientation(self.affine), self.shape)
 
     def empty(self) -> tuple[np.ndarray, np.ndarray]:
-        """A new float32 canonical array, and a view of it in the user's order: filling one fills the other."""
-        canonical = np.empty(self.canonical(np.broadcast_to(np.int8(0), self.shape)).shape, np.float32, order="F")
+        """A new float32 canonical array, and a view of it in the user's order: filling one fills
+        the other."""
+        canonical = np.empty(self.canonical(np.broadcast_to(np.int8(0), self.shape)).shape,
+                             np.float32, order="F")
         return canonical, self.stored(canonical)
 
 
-def make_grid(shape: Sequence[int], affine: np.ndarray, ndim: int = 3, assumed: str | None = None) -> Grid:
+def make_grid(shape: Sequence[int], affine: np.ndarray, ndim: int = 3, assumed: str | None =
+              None) -> Grid:
     """The grid of an array of `shape` with a regular `affine`."""
     return Grid(tuple(int(n) for n in shape), np.asarray(affine, float), ndim, assumed)
 
@@ -76,14 +81,16 @@ _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 def _damaged(path: str | Path, found: Any) -> ReadError:
-    return ReadError("the file is truncated or corrupt", file=path, found=found, fix="fetch it again")
+    return ReadError("the file is truncated or corrupt", file=path, found=found,
+                     fix="fetch it again")
 
 
 def read_head(path: str | Path, size: int = 540) -> tuple[bytes, bool]:
     """The first `size` bytes, unpacked where the file is gzip, and whether it is."""
     try:
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-            raise ReadError("not a regular file", file=path)  # a pipe would be waited for without end
+            # a pipe would be waited for without end
+            raise ReadError("not a regular file", file=path)
         with open(path, "rb") as file:
             head = file.read(size)
         if head[:2] != b"\x1f\x8b":
@@ -96,14 +103,17 @@ def read_head(path: str | Path, size: int = 540) -> tuple[bytes, bool]:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError("the file cannot be read", file=path, found=reason, fix="check the path") from error
+        raise ConfigError("the file cannot be read", file=path, found=reason,
+                          fix="check the path") from error
 
 
 def is_dicom(head: bytes) -> bool:
-    """Whether a file is DICOM: its mark, or, without one, a first tag of groups 2 or 8 that is laid out as one."""
+    """Whether a file is DICOM: its mark, or, without one, a first tag of groups 2 or 8 that is laid
+    out as one."""
     tag, kind, length = head[:4], head[4:6], int.from_bytes(head[4:8], "little")
-    plain = tag[:2] in (b"\x02\0", b"\x08\0") and tag[3:4] == b"\0" and (kind.isalpha() and kind.isupper()
-                                                                         or 0 < length < 128)
+    plain = tag[:2] in (b"\x02\0", b"\x08\0") and tag[3:4] == b"\0" and (kind.isalpha() and
+                                                                         kind.isupper() or 0 <
+                                                                         length < 128)
     return head[128:132] == b"DICM" or plain
 
 # %% ../../nbs/1_data/04_volumes.ipynb #46c1744a
@@ -112,7 +122,8 @@ _PLAIN = "uint8 int16 int32 float32 float64 int8 uint16 uint32 int64 uint64".spl
 
 
 class Header(NamedTuple):
-    """What a NIfTI header says, after checks: where the voxels are, how they are scaled, and its own fields."""
+    """What a NIfTI header says, after checks: where the voxels are, how they are scaled, and its
+    own fields."""
 
     raw: Any
     shape: tuple[int, int, int]
@@ -126,7 +137,8 @@ class Header(NamedTuple):
 
 
 def _checked_shape(raw: Any, path: str | Path, volume: int | None) -> tuple[tuple[int, ...], int]:
-    """The three dimensions to read, and how many volumes of them to skip; `ReadError` where it is no scan."""
+    """The three dimensions to read, and how many volumes of them to skip; `ReadError` where it is
+    no scan."""
     ndim = int(raw["dim"][0])
     dims = tuple(int(n) for n in raw["dim"][1:1 + max(0, min(ndim, 7))])
     if ndim not in (2, 3, 4):
@@ -144,7 +156,8 @@ def _checked_shape(raw: Any, path: str | Path, volume: int | None) -> tuple[tupl
 
 
 def _checked_dtype(raw: Any, path: str | Path) -> np.dtype:
-    """The type of the voxels, in the byte order of the file; `ReadError` for what cannot be one number."""
+    """The type of the voxels, in the byte order of the file; `ReadError` for what cannot be one
+    number."""
     try:
         dtype = raw.get_data_dtype()
         name = nibabel.nifti1.data_type_codes.label[int(raw["datatype"])]
@@ -160,7 +173,8 @@ def _checked_offset(raw: Any, path: str | Path) -> int:
     """Where the voxels begin; `ReadError` where they would lie in the header, or nowhere."""
     offset, first = float(raw["vox_offset"]), raw.single_vox_offset
     if not (math.isfinite(offset) and offset >= first and offset == int(offset)):
-        raise ReadError("the header does not say where the voxels begin", file=path, found=f"vox_offset {offset:g}",
+        raise ReadError("the header does not say where the voxels begin", file=path,
+                        found=f"vox_offset {offset:g}",
                         expected=f"a whole number of at least {first}", fix="export the file again")
     return int(offset)
 
@@ -172,8 +186,9 @@ def _check_size(shape: Sequence[int], need: int, size: int, packed: bool, path: 
         raise ReadError(f"the file is truncated or corrupt: {claim}", file=path,
                         found=f"{need:,} bytes claimed", fix="fetch it again")
     if max(shape) > max(MAX_VOLUME_SHAPE) or 4 * math.prod(shape) > MAX_DECODED_BYTES:
-        raise ReadError(f"the volume is too large: {claim}", file=path, found=tuple(shape),
-                        expected=f"at most {MAX_VOLUME_SHAPE}, and {MAX_DECODED_BYTES:,} bytes decoded")
+        raise ReadError(
+            f"the volume is too large: {claim}", file=path, found=tuple(shape),
+            expected=f"at most {MAX_VOLUME_SHAPE}, and {MAX_DECODED_BYTES:,} bytes decoded")
 
 
 def _scaling(raw: Any) -> tuple[float, float, tuple[str, ...]]:
@@ -185,19 +200,24 @@ def _scaling(raw: Any) -> tuple[float, float, tuple[str, ...]]:
 
 
 def read_header(path: str | Path, volume: int | None = None) -> Header:
-    """The checked header of a NIfTI file; nothing is allocated. `ReadError` naming what is wrong."""
+    """The checked header of a NIfTI file; nothing is allocated. `ReadError` naming what is
+    wrong."""
     head, packed = read_head(path)
     kind = nibabel.Nifti2Header if head[4:8] == b"n+2\0" else nibabel.Nifti1Header
     if head[344:348] == b"ni1\0" or len(head) < kind.template_dtype.itemsize:
         raise ReadError("half of a pair of NIfTI files, or truncated or corrupt", file=path,
                         found=f"{len(head)} bytes of header", expected="one .nii or .nii.gz file")
     raw = kind(head[:kind.template_dtype.itemsize], check=False)
-    (shape, skip), dtype, ndim = _checked_shape(raw, path, volume), _checked_dtype(raw, path), int(raw["dim"][0])
+    (
+        shape, skip), dtype, ndim = _checked_shape(raw, path, volume), _checked_dtype(raw,
+        path), int(raw["dim"][0])
     start = _checked_offset(raw, path) + skip * math.prod(shape) * dtype.itemsize
-    _check_size(shape, start + math.prod(shape) * dtype.itemsize, os.path.getsize(path), packed, path)
+    _check_size(shape, start + math.prod(shape) * dtype.itemsize, os.path.getsize(path), packed,
+                path)
     slope, inter, notes = _scaling(raw)
     if ndim == 4:
-        notes += ("squeezed: 4-D with one volume" if volume is None else f"volume: {volume} of a 4-D file",)
+        notes += ("squeezed: 4-D with one volume" if volume is None else
+                  f"volume: {volume} of a 4-D file",)
     return Header(raw, shape, ndim, dtype, start, slope, inter, packed, notes)
 
 # %% ../../nbs/1_data/04_volumes.ipynb #ba5178f9
@@ -221,15 +241,17 @@ def _rounded_quaternion(raw: Any) -> Any:
 
 
 def _both_forms(raw: Any, path: str | Path) -> dict[str, np.ndarray]:
-    """"sform" and "qform", those that the header says it has; `GeometryError` where they are not numbers."""
+    """"sform" and "qform", those that the header says it has; `GeometryError` where they are not
+    numbers."""
     forms = {}
     for form in [form for form in _FORMS if int(raw[f"{form}_code"]) > 0]:
         if not all(np.isfinite(raw[name]).all() for name in _FORMS[form]):
             raise GeometryError(f"the {form} of the header holds NaN or infinity", file=path,
-                                found={name: np.asarray(raw[name]).tolist() for name in _FORMS[form]},
-                                fix="export the scan again")
+                                found={name: np.asarray(raw[name]).tolist() for name in
+                                       _FORMS[form]}, fix="export the scan again")
         try:
-            forms[form] = raw.get_sform() if form == "sform" else _rounded_quaternion(raw).get_qform()
+            forms[
+                form] = raw.get_sform() if form == "sform" else _rounded_quaternion(raw).get_qform()
         except (HeaderDataError, ValueError, np.linalg.LinAlgError) as error:
             raise GeometryError(f"the {form} of the header cannot be used", file=path,
                                 found=str(error)) from error
@@ -253,15 +275,17 @@ def _assumed_affine(codes: str, spacing: np.ndarray, shape: Sequence[int]) -> np
 
 
 def check_affine(affine: np.ndarray, path: str | Path) -> list[str]:
-    """Notes on an affine; `GeometryError` if it is not finite, singular, or more than 45 degrees off the
-    body's axes."""
+    """Notes on an affine; `GeometryError` if it is not finite, singular, or more than 45 degrees
+    off the body's axes."""
     block = affine[:3, :3]
     size = np.linalg.norm(block, axis=0)
-    if not np.isfinite(affine).all() or size.min() < 1e-6 or abs(np.linalg.det(block / size)) < 1e-3:
-        raise GeometryError("the affine is singular: it does not say where the voxels are", file=path,
-                            found=show_affine(affine), fix="export the scan again")
+    if not np.isfinite(affine).all() or size.min() < 1e-6 or abs(np.linalg.det(block /
+                                                                               size)) < 1e-3:
+        raise GeometryError("the affine is singular: it does not say where the voxels are",
+                            file=path, found=show_affine(affine), fix="export the scan again")
     axes = nibabel.io_orientation(affine)[:, 0].astype(int)
-    toward = np.abs(block / size)[axes, np.arange(3)]  # cosines between each axis and the one it stands for
+    # cosines between each axis and the one it stands for
+    toward = np.abs(block / size)[axes, np.arange(3)]
     angle = float(np.degrees(np.arccos(np.clip(toward, 0, 1))).max())
     if angle > 45:
         raise GeometryError(f"the scan is tilted by {angle:.0f} degrees, more than 45", file=path,
@@ -269,19 +293,23 @@ def check_affine(affine: np.ndarray, path: str | Path) -> list[str]:
     return [f"oblique: {angle:.0f} degrees off the body's axes"] if angle > 20 else []
 
 
-def _check_agreement(forms: Mapping[str, np.ndarray], spacing: np.ndarray, path: str | Path) -> None:
-    """`GeometryError` where sform, qform and voxel sizes differ by more than 1 %, or by a mirror."""
+def _check_agreement(forms: Mapping[str, np.ndarray], spacing: np.ndarray, path: str |
+                     Path) -> None:
+    """`GeometryError` where sform, qform and voxel sizes differ by more than 1 %, or by a
+    mirror."""
     blocks = [form[:3, :3] for form in forms.values()]
     if len(blocks) == 2 and np.abs(blocks[0] - blocks[1]).max() > 0.01 * spacing.max():
         raise GeometryError("sform and qform disagree", file=path,
-                            found=", ".join(f"{name} {show_affine(form)}" for name, form in forms.items()),
+                            found=", ".join(f"{name} {show_affine(form)}" for name, form in
+                                            forms.items()),
                             fix="find out which is right, and export the scan with only that one")
     for name, block in zip(forms, blocks, strict=True):
         size = np.linalg.norm(block, axis=0)
         if (np.abs(size - spacing) > 0.01 * spacing).any():
-            raise GeometryError(f"{name} and voxel sizes disagree", file=path, fix="export the scan again",
+            raise GeometryError(f"{name} and voxel sizes disagree", file=path,
+                                fix="export the scan again",
                                 found=f"{name} {np.round(size, 4).tolist()} mm, "
-                                      f"pixdim {np.round(spacing, 4).tolist()} mm")
+                                f"pixdim {np.round(spacing, 4).tolist()} mm")
 
 
 def _filled_third(form: np.ndarray, spacing: np.ndarray, ndim: int) -> np.ndarray:
@@ -295,29 +323,35 @@ def _filled_third(form: np.ndarray, spacing: np.ndarray, ndim: int) -> np.ndarra
 
 def nifti_grid(header: Header, path: str | Path,
                assume_orientation: str | None = None) -> tuple[Grid, list[str]]:
-    """The grid of a NIfTI file, and notes; `GeometryError` where the header does not say which way up it is."""
+    """The grid of a NIfTI file, and notes; `GeometryError` where the header does not say which way
+    up it is."""
     spacing = np.asarray(header.raw["pixdim"][1:4], float)
     if header.ndim == 2 and spacing[2] == 0:
         spacing[2] = 1.0
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise GeometryError("a voxel size is zero, negative or not a number", file=path, found=spacing.tolist(),
-                            expected="three sizes in mm above 0", fix="export the scan again")
+        raise GeometryError("a voxel size is zero, negative or not a number", file=path,
+                            found=spacing.tolist(), expected="three sizes in mm above 0",
+                            fix="export the scan again")
     forms = {name: _filled_third(form, spacing, header.ndim)
              for name, form in _both_forms(header.raw, path).items()}
     if not forms:
         if assume_orientation is None:
-            raise GeometryError("the file does not say which way up the scan is", file=path,
-                                found="sform and qform codes are both 0",
-                                fix="if you know it, say so: --assume-orientation RAS (or LPS, LAS, ...)")
-        affine, codes = _assumed_affine(assume_orientation, spacing, header.shape), assume_orientation.upper()
-        return make_grid(header.shape, affine, header.ndim, codes), [f"orientation_assumed: {codes}"]
+            raise GeometryError(
+                "the file does not say which way up the scan is", file=path,
+                found="sform and qform codes are both 0",
+                fix="if you know it, say so: --assume-orientation RAS (or LPS, LAS, ...)")
+        affine, codes = _assumed_affine(assume_orientation, spacing,
+                                        header.shape), assume_orientation.upper()
+        return make_grid(header.shape, affine, header.ndim,
+                         codes), [f"orientation_assumed: {codes}"]
     notes = [note for form in forms.values() for note in check_affine(form, path)][:1]
     _check_agreement(forms, spacing, path)
     return make_grid(header.shape, next(iter(forms.values())), header.ndim), notes
 
 # %% ../../nbs/1_data/04_volumes.ipynb #eed4f30f
 class Loaded(NamedTuple):
-    """What a reader hands on: canonical float32 values not yet calibrated, and what is known about them."""
+    """What a reader hands on: canonical float32 values not yet calibrated, and what is known about
+    them."""
 
     values: np.ndarray
     source: str
@@ -329,7 +363,8 @@ class Loaded(NamedTuple):
 
 
 def read_voxels(header: Header, path: str | Path) -> np.ndarray:
-    """The stored numbers in the user's order, not scaled; `ReadError` unless every byte is there and right."""
+    """The stored numbers in the user's order, not scaled; `ReadError` unless every byte is there
+    and right."""
     try:
         with (gzip.open if header.packed else open)(path, "rb") as file:
             proxy = ArrayProxy(file, (header.shape, header.dtype, header.offset), mmap=False)
@@ -353,24 +388,30 @@ def load_nifti(path: str | Path, assume_orientation: str | None, volume: int | N
     return Loaded(values, Path(path).name, sha256_file(path), [*header.notes, *notes], grid)
 
 # %% ../../nbs/1_data/04_volumes.ipynb #86f912c7
-_DICOM_TAGS = ("SOPClassUID", "Modality", "ImageType", "ImagePositionPatient", "ImageOrientationPatient",
-               "PixelSpacing", "SliceThickness", "Rows", "Columns", "RescaleSlope", "RescaleIntercept",
-               "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
-               "PhotometricInterpretation", "NumberOfFrames", "BurnedInAnnotation")
-_IDENTITY = ("PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
-_NUMBERS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "SliceThickness": 1,
+_DICOM_TAGS = ("SOPClassUID", "Modality", "ImageType", "ImagePositionPatient",
+               "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "Rows", "Columns",
+               "RescaleSlope", "RescaleIntercept", "BitsAllocated", "BitsStored", "HighBit",
+               "PixelRepresentation", "SamplesPerPixel", "PhotometricInterpretation",
+               "NumberOfFrames", "BurnedInAnnotation")
+_IDENTITY = ("PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID",
+             "FrameOfReferenceUID")
+_NUMBERS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2,
+            "SliceThickness": 1,
             "Rows": 1, "Columns": 1, "RescaleSlope": 1, "RescaleIntercept": 1, "BitsAllocated": 1,
             "SamplesPerPixel": 1, "NumberOfFrames": 1}  # how many each must have
-_NEEDED = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "BitsAllocated")
+_NEEDED = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns",
+           "BitsAllocated")
 _DICOM_ERRORS = (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
                  NotImplementedError, RuntimeError, RecursionError, MemoryError)
 _DICOMDIR = "1.2.840.10008.1.3.10"
 
 
 class Dicom(NamedTuple):
-    """One image file of a series: where it is, the words and numbers that were read, and a hash of whose it is.
+    """One image file of a series: where it is, the words and numbers that were read, and a hash of
+    whose it is.
 
-    `numbers`: name -> float64 array, for tags that are there and sound; `malformed`: names of the others."""
+    `numbers`: name -> float64 array, for tags that are there and sound; `malformed`: names of the
+    others."""
 
     path: Path
     identity: str
@@ -399,7 +440,8 @@ def _need_pydicom() -> Any:
     try:
         import pydicom
     except ImportError as error:
-        raise MissingExtraError("reading DICOM needs pydicom", fix="pip install 'covidsev[ct]'") from error
+        raise MissingExtraError("reading DICOM needs pydicom",
+                                fix="pip install 'covidsev[ct]'") from error
     return pydicom
 
 
@@ -426,7 +468,8 @@ def _words(tags: Any, name: str) -> list[str]:
 
 
 def _numbers_of(tags: Any) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The numbers of a header by name, and the names of those that are there and are not what they should be."""
+    """The numbers of a header by name, and the names of those that are there and are not what they
+    should be."""
     numbers, malformed = {}, []
     for name, count in _NUMBERS.items():
         try:
@@ -440,8 +483,10 @@ def _numbers_of(tags: Any) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
 
 
 def _read_dicom(path: Path, pydicom: Any) -> Dicom | None:
-    """What is needed of one file; None for a directory of files; one of `_DICOM_ERRORS` where it is damaged."""
-    tags = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*_DICOM_TAGS, *_IDENTITY], force=True)
+    """What is needed of one file; None for a directory of files; one of `_DICOM_ERRORS` where it is
+    damaged."""
+    tags = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*_DICOM_TAGS, *_IDENTITY],
+                           force=True)
     meta = tags.file_meta
     if str(meta.get("MediaStorageSOPClassUID")) == _DICOMDIR:
         return None
@@ -450,8 +495,8 @@ def _read_dicom(path: Path, pydicom: Any) -> Dicom | None:
     identity = sha256_bytes(repr([_words(tags, name) for name in _IDENTITY]).encode())
     numbers, malformed = _numbers_of(tags)
     compressed = "TransferSyntaxUID" in meta and meta.TransferSyntaxUID.is_compressed
-    return Dicom(path, identity, "".join(_words(tags, "Modality"))[:4] or "none",
-                 "LOCALIZER" in _words(tags, "ImageType"), "YES" in _words(tags, "BurnedInAnnotation"), compressed,
+    return Dicom(path, identity, "".join(_words(tags, "Modality"))[:4] or "none", "LOCALIZER" in
+                 _words(tags, "ImageType"), "YES" in _words(tags, "BurnedInAnnotation"), compressed,
                  numbers, malformed)
 
 
@@ -491,17 +536,21 @@ def _dicom_headers(path: Path) -> list[Dicom]:
     return headers
 
 # %% ../../nbs/1_data/04_volumes.ipynb #b17fd823
-def _pick_series(headers: Sequence[Dicom], path: Path, volume: int | None) -> tuple[list[Dicom], list[str]]:
-    """The files of one series of one person, and notes; `ReadError` where it is not clear which, or none is a CT."""
+def _pick_series(headers: Sequence[Dicom], path: Path, volume: int | None) -> tuple[list[Dicom],
+                                                                                    list[str]]:
+    """The files of one series of one person, and notes; `ReadError` where it is not clear which, or
+    none is a CT."""
     images = [header for header in headers if header.modality == "CT"]
     if not images:
-        raise ReadError("no CT among the DICOM files", file=path, expected="CT",
-                        found=f"modality {', '.join(sorted({header.modality for header in headers}))}")
+        raise ReadError(
+            "no CT among the DICOM files", file=path, expected="CT",
+            found=f"modality {', '.join(sorted({header.modality for header in headers}))}")
     series: dict[str, list[Dicom]] = {}
     for header in images:
         series.setdefault(header.identity, []).append(header)
     scouts = [files for files in series.values() if all(file.is_localizer for file in files)]
-    real = sorted((files for files in series.values() if files not in scouts), key=len, reverse=True)
+    real = sorted((files for files in series.values() if files not in scouts), key=len,
+                  reverse=True)
     left_out = len(headers) - len(images) + sum(map(len, scouts))
     if not real:
         raise ReadError("only localizer images", file=path, found=f"{left_out} files",
@@ -509,15 +558,18 @@ def _pick_series(headers: Sequence[Dicom], path: Path, volume: int | None) -> tu
     if len(real) > 1 and volume is None:
         raise ReadError(f"the folder mixes {len(real)} series", file=path,
                         found=f"series of {', '.join(str(len(files)) for files in real)} files",
-                        fix=f"give a folder with one series of one patient; or pick one, largest first: --volume 0 "
+                        fix=f"give one series of one patient; or pick one, largest first: --volume 0 "
                             f"to --volume {len(real) - 1}")
     if volume is not None and not 0 <= volume < len(real):
-        raise ConfigError(f"there is no series {volume}", file=path, expected=f"0 to {len(real) - 1}")
-    return real[volume or 0], [f"left_out: {left_out} files that are no axial CT"] if left_out else []
+        raise ConfigError(f"there is no series {volume}", file=path,
+                          expected=f"0 to {len(real) - 1}")
+    return real[volume or
+                0], [f"left_out: {left_out} files that are no axial CT"] if left_out else []
 
 
 def _check_series(files: Sequence[Dicom], path: Path, hu_offset: float | None) -> None:
-    """`ReadError` with counts, and no value, where the files of a series cannot be stacked into HU."""
+    """`ReadError` with counts, and no value, where the files of a series cannot be stacked into
+    HU."""
     def refuse(what: str, wrong: Collection[Any], fix: str | None = None) -> None:
         if wrong:
             raise ReadError(what, file=path, found=f"{len(wrong)} of {len(files)} files", fix=fix)
@@ -535,8 +587,10 @@ def _check_series(files: Sequence[Dicom], path: Path, hu_offset: float | None) -
            "convert the series to NIfTI first, for example with dcm2niix")
     refuse("colour pictures in the series",
            [file for file in files if file.numbers.get("SamplesPerPixel", [1])[0] > 1])
-    refuse("sizes, pixel sizes or directions that cannot be", [file for file in files if not _is_plausible(file)])
-    for what, names in (("size", ("Rows", "Columns")), ("orientation", ("ImageOrientationPatient",)),
+    refuse("sizes, pixel sizes or directions that cannot be", [file for file in files if not
+                                                               _is_plausible(file)])
+    for what, names in (("size", ("Rows", "Columns")), ("orientation",
+                                                        ("ImageOrientationPatient",)),
                         ("pixel size", ("PixelSpacing",))):
         refuse(f"the slices do not have one {what}",
                [file for file in files for name in names
@@ -552,7 +606,8 @@ def _is_plausible(file: Dicom) -> bool:
 
 
 def _in_order(files: Sequence[Dicom], path: Path) -> tuple[list[Dicom], list[str]]:
-    """The slices along their normal, and notes; errors for slices that are there twice, missing, or elsewhere."""
+    """The slices along their normal, and notes; errors for slices that are there twice, missing, or
+    elsewhere."""
     normal = np.cross(*files[0].directions)
     files = sorted(files, key=lambda file: float(file.position @ normal))
     places = np.array([file.position for file in files])
@@ -568,25 +623,29 @@ def _in_order(files: Sequence[Dicom], path: Path) -> tuple[list[Dicom], list[str
     missing = int((gaps > 1.5 * usual).sum())
     if missing:
         raise GeometryError(f"slices are missing: {missing} gaps", file=path,
-                            found=f"largest gap {gaps.max():.2f} mm", expected=f"{usual:.2f} mm between slices",
+                            found=f"largest gap {gaps.max():.2f} mm",
+                            expected=f"{usual:.2f} mm between slices",
                             fix="export the whole series")
     uneven = float(np.abs(gaps - usual).max())
-    return files, [f"uneven_slices: spacing differs by {uneven:.2f} mm"] if uneven > 0.1 * usual else []
+    return files, [
+        f"uneven_slices: spacing differs by {uneven:.2f} mm"] if uneven > 0.1 * usual else []
 
 
 def _check_line(places: np.ndarray, along: np.ndarray, path: Path) -> None:
-    """`GeometryError` where the corners of the slices do not lie on one line, which a tilted gantry's do too."""
+    """`GeometryError` where the corners of the slices do not lie on one line, which a tilted
+    gantry's do too."""
     share = (along - along[0]) / (along[-1] - along[0])
     off = np.linalg.norm(places - (places[0] + share[:, None] * (places[-1] - places[0])), axis=1)
     if off.max() > 1.0:
-        raise GeometryError("the positions of the slices do not lie on one line", file=path,
-                            found=f"{int((off > 1.0).sum())} of {len(places)} slices are off, by up to "
-                                  f"{off.max():.1f} mm",
-                            fix="give the slices of one scan of one patient")
+        raise GeometryError(
+            "the positions of the slices do not lie on one line", file=path,
+            found=f"{int((off > 1.0).sum())} of {len(places)} slices are off, by up to "
+            f"{off.max():.1f} mm", fix="give the slices of one scan of one patient")
 
 
 def _dicom_affine(files: Sequence[Dicom]) -> np.ndarray:
-    """Columns, rows and slices to RAS+ mm; DICOM itself counts towards the patient's left and back."""
+    """Columns, rows and slices to RAS+ mm; DICOM itself counts towards the patient's left and
+    back."""
     first, last = files[0], files[-1]
     along_row, along_column = first.directions
     row_mm, column_mm = first.numbers["PixelSpacing"]
@@ -599,11 +658,13 @@ def _dicom_affine(files: Sequence[Dicom]) -> np.ndarray:
 
 # %% ../../nbs/1_data/04_volumes.ipynb #d496d81f
 def _check_pixels(files: Sequence[Dicom], path: Path) -> None:
-    """`ReadError` before allocation, where files are shorter than their own pixels, or the whole is too large."""
+    """`ReadError` before allocation, where files are shorter than their own pixels, or the whole is
+    too large."""
     rows, columns = files[0].size
-    _check_size((columns, rows, len(files)), 0, sum(file.path.stat().st_size for file in files), False, path)
-    short = [file for file in files if not file.is_compressed
-             and file.path.stat().st_size < rows * columns * int(file.numbers["BitsAllocated"][0]) // 8]
+    _check_size((columns, rows, len(files)), 0, sum(file.path.stat().st_size for file in files),
+                False, path)
+    short = [file for file in files if not file.is_compressed and file.path.stat().st_size < rows *
+             columns * int(file.numbers["BitsAllocated"][0]) // 8]
     if short:
         raise _damaged(path, f"{len(short)} of {len(files)} files are shorter than their pixels")
 
@@ -614,7 +675,8 @@ def _dicom_pixels(file: Dicom, path: Path, hu_offset: float | None) -> np.ndarra
     try:
         with _quiet():
             tags = pydicom.dcmread(file.path, specific_tags=[*_DICOM_TAGS, "PixelData"], force=True)
-            if "TransferSyntaxUID" not in tags.file_meta:  # no file header: the layout of the first tag tells
+            # no file header: the layout of the first tag tells
+            if "TransferSyntaxUID" not in tags.file_meta:
                 implicit = tags.original_encoding[0]
                 tags.file_meta.TransferSyntaxUID = (pydicom.uid.ImplicitVRLittleEndian if implicit
                                                     else pydicom.uid.ExplicitVRLittleEndian)
@@ -626,7 +688,7 @@ def _dicom_pixels(file: Dicom, path: Path, hu_offset: float | None) -> np.ndarra
         raise ReadError("the pixels of a DICOM file cannot be decoded", file=path,
                         found=f"transfer syntax {name}",
                         fix="install a decoder: pip install pylibjpeg pylibjpeg-libjpeg "
-                            "pylibjpeg-openjpeg; or convert the series to NIfTI, for example with dcm2niix"
+                            "pylibjpeg-openjpeg; or convert the series to NIfTI, as with dcm2niix"
                         ) from None
     if hu_offset is not None:
         return pixels.astype(float)
@@ -641,7 +703,8 @@ def load_dicom(path: Path, volume: int | None, hu_offset: float | None) -> Loade
     affine = _dicom_affine(files)
     notes += more + check_affine(affine, path)
     if any(file.is_burned_in for file in files):
-        notes.append("burned_in_annotation: text may be drawn into the pixels; look before you share")
+        notes.append(
+            "burned_in_annotation: text may be drawn into the pixels; look before you share")
     rows, columns = files[0].size
     grid = make_grid((columns, rows, len(files)), affine)
     values, place = grid.empty()

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covidsev import core
-from covidsev.core import (ArchiveError, ChecksumError, ConfigError, DataMissingError, RunLockedError, data_root, read_json,
-                           run_lock, sha256_bytes)
+from covidsev.core import (ArchiveError, ChecksumError, ConfigError, DataMissingError, RunLockedError, data_root,
+                           read_json, run_lock, sha256_bytes)
 from covidsev.data import sources
 from covidsev.data.sources import FolderDigest, compare_content, download, fetch, folder_digest, get_card, get_data, safe_extract
 
@@ -32,7 +32,8 @@ def zip_bytes(members):
     return buffer.getvalue()
 
 
-GOOD = zip_bytes({f"Inf-Net-abc/Dataset/{name}": content for name, content in FILES.items()} | {"Inf-Net-abc/x.py": b""})
+GOOD = zip_bytes({f"Inf-Net-abc/Dataset/{name}": content for name, content in FILES.items()} | {"Inf-Net-abc/x.py":
+                                                                                                b""})
 PAGES = {"/other.zip": zip_bytes({f"x/Dataset/{name}": content[1:] for name, content in FILES.items()}),
          "/damaged.zip": GOOD.replace(b"\x01" * 300, b"\x03" * 300), "/short.zip": GOOD[:-200], "/empty.zip": b"",
          "/page.zip": b"<html><body>rate limited</body></html>", "/elsewhere.zip": zip_bytes({"a/b.png": b"1"})}

@@ -8,18 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import binary_dilation, distance_transform_edt, label
 
-from covidsev.core import ConfigError, GeometryError
-from covidsev.data.phantom import (
-    CONSOLIDATION,
-    GGO,
-    Phantom,
-    crop_to_lungs,
-    demo_slice,
-    phantom_patients,
-    phantom_slice,
-    phantom_volume,
-    to_uint8,
-)
+from covidsev.core import ConfigError
+from covidsev.data.phantom import (CONSOLIDATION, GGO, Phantom, demo_slice, phantom_patients, phantom_slice,
+                                   phantom_volume, to_uint8)
 
 MAPS = ("hu", "lungs", "lobes", "vessels", "airways", "labels", "body")
 
@@ -44,18 +35,13 @@ def volume() -> Phantom:
     subpleural=st.floats(0, 1), size=st.sampled_from([64, 96, 128]),
 )  # fmt: skip
 def test_extent_is_met_for_any_request(seed, ggo, consolidation, subpleural, size):
-    p = phantom_slice(
-        seed, size, ggo_fraction=ggo, consolidation_fraction=consolidation, subpleural=subpleural
-    )
+    p = phantom_slice(seed, size, ggo_fraction=ggo, consolidation_fraction=consolidation, subpleural=subpleural)
     assert fraction(p, GGO) == pytest.approx(ggo, rel=0.1)
     assert fraction(p, CONSOLIDATION) == pytest.approx(consolidation, rel=0.1)
     assert set(np.unique(p.labels)) <= {0, GGO, CONSOLIDATION}
     assert not (p.labels[p.lungs == 0]).any()
     assert ((p.lobes > 0) == (p.lungs > 0)).all()
-    assert set(np.unique(p.lobes[p.lungs == 1])) <= {1, 2, 3} and set(np.unique(p.lobes[p.lungs == 2])) <= {
-        4,
-        5,
-    }
+    assert set(np.unique(p.lobes[p.lungs == 1])) <= {1, 2, 3} and set(np.unique(p.lobes[p.lungs == 2])) <= {4, 5}
     assert not (p.lungs[~p.body]).any() and not (p.vessels & (p.lungs == 0)).any()
 
 
@@ -149,9 +135,7 @@ def test_vessels_show_inside_ground_glass_and_thin_out():
 
 
 def test_airways_cross_consolidation_as_dark_lines():
-    p = phantom_volume(
-        1, (24, 128, 128), ggo_fraction=0, consolidation_fraction=0.5, subpleural=0, noise_hu=0
-    )
+    p = phantom_volume(1, (24, 128, 128), ggo_fraction=0, consolidation_fraction=0.5, subpleural=0, noise_hu=0)
     inside = p.labels == CONSOLIDATION
     assert (inside & p.airways).sum() > 20
     assert np.median(p.hu[inside & p.airways]) < -300 < -100 < np.median(p.hu[inside & ~p.airways])
@@ -188,31 +172,12 @@ def test_patients_share_anatomy_differ_in_disease_and_never_repeat():
     assert not other & {digest(p) for _, p in slices}
 
 
-def test_crop_keeps_all_lung_and_moves_the_affine(volume):
-    for p in (demo_slice(), volume):
-        before = digest(p)
-        small = crop_to_lungs(p, margin=3)
-        assert digest(p) == before
-        assert (small.lungs > 0).sum() == (p.lungs > 0).sum() and small.hu[..., :, :].size < p.hu.size
-        plane = small.lungs if small.lungs.ndim == 2 else small.lungs.any(0)
-        assert not plane[:3].any() and plane[3].any() and not plane[:, :3].any() and plane[:, 3].any()
-        point = np.argwhere(small.labels.T == CONSOLIDATION)[0]
-        point = np.append(point, [0] * (3 - len(point)))
-        index = np.rint(np.linalg.inv(p.affine) @ small.affine @ [*point, 1]).astype(int)[: p.hu.ndim]
-        assert p.labels.T[tuple(index)] == CONSOLIDATION
-    wide = crop_to_lungs(demo_slice(), margin=10_000)
-    assert wide.hu.shape == (192, 192)
 
 
 def test_window_matches_the_definition():
     assert to_uint8(np.array([-1350, -1349, 149, 150])).tolist() == [0, 0, 255, 255]
     grey = to_uint8(np.arange(-2000, 1000))
-    assert (
-        grey.dtype == np.uint8
-        and (np.diff(grey.astype(int)) >= 0).all()
-        and grey.min() == 0
-        and grey.max() == 255
-    )
+    assert (grey.dtype == np.uint8 and (np.diff(grey.astype(int)) >= 0).all() and grey.min() == 0 and grey.max() == 255)
     assert to_uint8(np.array([40.0]), level=40, width=400)[0] in (127, 128)
 
 
@@ -236,8 +201,6 @@ def test_impossible_requests_are_refused(options, message):
         phantom_slice(**options)
 
 
-def test_impossible_volume_and_empty_crop_are_refused():
+def test_an_impossible_volume_is_refused():
     with pytest.raises(ConfigError, match="too small"):
         phantom_volume(shape=(1, 64, 64))
-    with pytest.raises(GeometryError, match="no lung in view"):
-        crop_to_lungs(phantom_slice(0, 64, level=-0.02))

@@ -174,7 +174,8 @@ def test_a_later_offset_is_honoured_and_one_behind_the_end_is_not(tmp_path):
 
 @pytest.mark.parametrize("size", [0, -36])
 def test_negative_and_zero_dimensions(tmp_path, size):
-    fails(ReadError, "negative or zero dimension", str(size))(save(tmp_path / "a.nii", dim=[3, 40, size, 12, 1, 1, 1, 1]))
+    fails(ReadError, "negative or zero dimension", str(size))(save(tmp_path / "a.nii", dim=[3, 40, size, 12, 1, 1, 1,
+                                                                                            1]))
 
 
 @pytest.mark.parametrize("code, name", [(128, "RGB"), (32, "complex"), (1, "binary"), (1999, "unknown code 1999")])
@@ -269,8 +270,8 @@ def test_no_orientation_and_an_assumed_one(tmp_path):
 @pytest.mark.parametrize("sform_code", [0, 1])
 def test_a_rounded_rotation_is_no_fault(tmp_path, length, refused, sform_code):
     """Half a turn about z is (0, 0, 1), which rounding may leave a little above 1."""
-    path = save(tmp_path / "a.nii", quatern_b=0, quatern_c=0, quatern_d=length, qoffset_x=15, qoffset_y=14, qoffset_z=-30,
-                qform_code=1, sform_code=sform_code, pixdim=[1, 0.8, 0.8, 5, 0, 0, 0, 0])
+    path = save(tmp_path / "a.nii", quatern_b=0, quatern_c=0, quatern_d=length, qoffset_x=15, qoffset_y=14,
+                qoffset_z=-30, qform_code=1, sform_code=sform_code, pixdim=[1, 0.8, 0.8, 5, 0, 0, 0, 0])
     if refused:
         fails(GeometryError, "qform of the header cannot be used")(path)
     else:
@@ -287,7 +288,8 @@ def tilted(degrees: float) -> np.ndarray:
 
 def test_oblique_scans(tmp_path):
     assert read_scan(save(tmp_path / "a.nii", affine=tilted(10))).warnings == []
-    assert read_scan(save(tmp_path / "b.nii", affine=tilted(25))).warnings == ["oblique: 25 degrees off the body's axes"]
+    assert read_scan(save(tmp_path / "b.nii",
+                          affine=tilted(25))).warnings == ["oblique: 25 degrees off the body's axes"]
     shear = AFFINE.copy()
     shear[1, 2] = 5.5  # a tilted gantry: the axes are not square on each other
     fails(GeometryError, "tilted by 48 degrees")(save(tmp_path / "c.nii", affine=shear))
@@ -391,7 +393,8 @@ def test_masks_of_the_wrong_kind(tmp_path, scan):
     fails(MaskError, "no mask for a volume", call=read_mask_for)(picture, scan)
     fails(MaskError, "a folder of masks", call=read_mask_for)(tmp_path, scan)
     slice_ = read_scan(save_picture(tmp_path / "a.png", grey((36, 40))))
-    fails(GeometryError, "does not say how it lies", call=read_mask_for)(save(tmp_path / "m.nii", VOLUME[:, :, 0]), slice_)
+    fails(GeometryError, "does not say how it lies", call=read_mask_for)(save(tmp_path / "m.nii", VOLUME[:, :, 0]),
+                                                                         slice_)
 
 
 # rows 18 and 19: pairs by stem
@@ -415,7 +418,8 @@ def make_stack(folder, names, shape=(40, 44)):
 def test_a_stack_reads_by_natural_order_top_first(tmp_path):
     folder = make_stack(tmp_path / "s", ["IMG-10.png", "IMG-9.png", "IMG-100.png"])
     found = read_scan(folder)
-    assert (found.kind, found.unit, found.hu.shape, found.spacing_mm, found.affine) == ("stack", "grey", (44, 40, 3), None, None)
+    assert (found.kind, found.unit, found.hu.shape, found.spacing_mm, found.affine) == ("stack", "grey", (44, 40, 3),
+                                                                                        None, None)
     assert found.names == ("IMG-9", "IMG-10", "IMG-100")
     top = np.asarray(Image.open(folder / "IMG-9.png"))
     assert np.array_equal(turn_picture(found.hu[:, :, -1]), top)
@@ -433,7 +437,8 @@ def test_masks_of_a_stack_pair_by_stem_and_go_back_by_stem(tmp_path, first_slice
         save_picture(tmp_path / "m" / name, mask)
     found = read_mask_for(tmp_path / "m", scan)
     write_mask(tmp_path / "out", found, scan)
-    for k, name in enumerate(["a10.png", "a2.png", "a1.png"] if first_slice == "top" else ["a1.png", "a2.png", "a10.png"]):
+    for k, name in enumerate(["a10.png", "a2.png", "a1.png"] if first_slice == "top" else ["a1.png", "a2.png",
+                                                                                           "a10.png"]):
         assert np.array_equal(turn_picture(found[:, :, k]), masks[name])
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / name)), masks[name])
     (tmp_path / "m" / "a2.png").rename(tmp_path / "m" / "b2.png")
@@ -695,7 +700,8 @@ def test_a_tilted_gantry_keeps_its_shear(tmp_path):
     folder = tmp_path / "s"
     folder.mkdir()
     for k in range(12):
-        dicom_file(folder / f"{k}.dcm", k, VOLUME[:, :, k].T.astype(np.int32), ImagePositionPatient=[-15, -14 + k, -30 + 5 * k])
+        dicom_file(folder / f"{k}.dcm", k, VOLUME[:, :, k].T.astype(np.int32), ImagePositionPatient=[-15, -14 + k, -30 +
+                                                                                                     5 * k])
     found = read_scan(folder)
     assert found.affine[1, 2] == pytest.approx(-1.0)
     write_mask(tmp_path / "m.nii", found.hu > 0, found)
@@ -827,7 +833,8 @@ def test_pixels_without_a_decoder(tmp_path):
     from pydicom.encaps import encapsulate
     from pydicom.uid import JPEG2000Lossless
 
-    folder = dicom_series(tmp_path / "s", syntax=JPEG2000Lossless, PixelData=encapsulate([b"\xff\x4fPLANTEDTEXT\xff\xd9"]))
+    folder = dicom_series(tmp_path / "s", syntax=JPEG2000Lossless,
+                          PixelData=encapsulate([b"\xff\x4fPLANTEDTEXT\xff\xd9"]))
     message = fails(ReadError, "cannot be decoded", "JPEG 2000", "pip install pylibjpeg")(folder)
     assert "PLANTED" not in message
 
@@ -896,7 +903,8 @@ def test_paths_that_are_not_there(tmp_path):
 def test_odd_names(tmp_path, name, monkeypatch):
     save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    assert read_scan(name).source == name and np.array_equal(read_scan(os.path.join("..", tmp_path.name, name)).hu, VOLUME[::-1, ::-1])
+    assert read_scan(name).source == name and np.array_equal(read_scan(os.path.join("..", tmp_path.name, name)).hu,
+                                                             VOLUME[::-1, ::-1])
 
 
 def test_a_folder_with_one_nifti_is_that_scan(tmp_path):
@@ -922,7 +930,8 @@ def test_written_masks_lie_where_the_image_lies(tmp_path, degrees):
     scan = read_scan(path)
     write_mask(tmp_path / "m.nii.gz", scan.hu > 0, scan)
     image, mask = nibabel.load(path), nibabel.load(tmp_path / "m.nii.gz")
-    assert np.allclose(image.affine, mask.affine, atol=1e-5) and np.allclose(mask.get_qform(), mask.get_sform(), atol=1e-4)
+    assert np.allclose(image.affine, mask.affine, atol=1e-5) and np.allclose(mask.get_qform(), mask.get_sform(),
+                                                                             atol=1e-4)
     assert np.array_equal(np.asarray(mask.dataobj), VOLUME > 0)
 
 

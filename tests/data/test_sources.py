@@ -1,4 +1,5 @@
-"""Cards, tables that went through spreadsheets, and copies of data sets as people have them; the real packs, where they are."""
+"""Cards, tables that went through spreadsheets, and copies of data sets as people have them; the real packs, where they
+are."""
 import csv
 import subprocess
 import sys
@@ -96,7 +97,8 @@ def test_a_set_fetched_by_hand_says_how_and_is_accepted_when_there(tmp_path):
 def test_tables_of_all_kinds_give_the_same_rows(tmp_path, delimiter, mark):
     path = table(tmp_path / "t.csv", ["Patient", " Morbidity  type", ""], ["1", " a, b ; c ", ""], [], ["2", "d", ""],
                  delimiter=delimiter, mark=mark)
-    assert list(read_rows(path)) == [(2, {"patient": "1", "morbidity type": "a, b ; c"}), (4, {"patient": "2", "morbidity type": "d"})]
+    assert list(read_rows(path)) == [(2, {"patient": "1", "morbidity type": "a, b ; c"}), (4, {"patient": "2",
+                                                                                               "morbidity type": "d"})]
 
 
 @pytest.mark.parametrize("content, words", [
@@ -124,11 +126,12 @@ def test_an_unknown_class_is_never_a_severity(tmp_path_factory, word):
 
 
 def test_every_bad_row_of_a_table_of_labels_is_listed_with_its_number(tmp_path):
-    path = table(tmp_path / "patients.csv", ["Patient", "Morbidity"], ["Patient 1", "Severe"], ["", "Mild"], ["Patient 1", "Mild"],
-                 ["Patient 3", "Moderate"], delimiter=";", mark="\ufeff")
+    path = table(tmp_path / "patients.csv", ["Patient", "Morbidity"], ["Patient 1", "Severe"], ["", "Mild"],
+                 ["Patient 1", "Mild"], ["Patient 3", "Moderate"], delimiter=";", mark="\ufeff")
     with pytest.raises(ConfigError) as caught:
         read_ictcf_table(path)
-    for words in ("3 rows", "row 3: no patient", "row 4: patient 1 is already in row 2", "row 5: unknown class 'Moderate'"):
+    for words in ("3 rows", "row 3: no patient", "row 4: patient 1 is already in row 2",
+                  "row 5: unknown class 'Moderate'"):
         assert words in str(caught.value)
 
 
@@ -235,7 +238,8 @@ def test_covid_ct_md_is_hu_from_sixteen_bits(tmp_path):
     table(folder / "slices.csv", ["patient", "i_from_top", "kept", "LLL"], ["P001", 0, 0, 0], ["P001", 2, 1, 1])
     table(folder / "cases.csv", ["patient", "diagnosis"], ["P001", "COVID-19"])
     (sample,) = get_source("covid-ct-md").find(tmp_path)
-    assert (sample.group, sample.labels["LLL".lower()], sample.labels["diagnosis"]) == ("covid-ct-md:P001", "1", "COVID-19")
+    assert (sample.group, sample.labels["LLL".lower()], sample.labels["diagnosis"]) == ("covid-ct-md:P001", "1",
+                                                                                        "COVID-19")
     assert np.array_equal(load_masks(sample).image, image.astype(np.float32) - 1024)
 
 
@@ -251,9 +255,10 @@ def mosmed(root, rows=((255, "CT-1"), (256, "CT-1"), (1109, "CT-4")), masks=(255
     for number in masks:
         nibabel.save(nibabel.Nifti1Image(infection, affine), folder / f"masks/study_{number:04d}_mask.nii.gz")
     nibabel.save(nibabel.Nifti1Image(hu, affine), folder / "studies/CT-1/study_0255.nii.gz")
-    lines = [[number, kind, f"/studies/{kind}/study_{number:04d}.nii.gz", f"/masks/study_{number:04d}_mask.nii.gz" if number in masks else ""]
-             for number, kind in rows]
-    table(root / "mosmed/extra/dataset_registry.csv", ["study_id", "category", "study_file", "mask_file"], *lines, mark="\ufeff")
+    lines = [[number, kind, f"/studies/{kind}/study_{number:04d}.nii.gz", f"/masks/study_{number:04d}_mask.nii.gz" if
+              number in masks else ""] for number, kind in rows]
+    table(root / "mosmed/extra/dataset_registry.csv", ["study_id", "category", "study_file", "mask_file"], *lines,
+          mark="\ufeff")
     return root
 
 
@@ -315,8 +320,8 @@ def test_data_check_and_get_on_the_command_line(tmp_path):
 
 # --- sets by pattern
 
-LAYOUTS = {"CT": "Patient 12/CT/IMG-0001-{}.jpg", "bare": "Patient 12/IMG-0001-{}.jpg", "named": "patient_12/other-name/IMG-{}.jpg",
-           "flat": "Patient 12_{}.jpg", "deep": "CT/Patient 12/CT/{}.jpg"}
+LAYOUTS = {"CT": "Patient 12/CT/IMG-0001-{}.jpg", "bare": "Patient 12/IMG-0001-{}.jpg", "named":
+           "patient_12/other-name/IMG-{}.jpg", "flat": "Patient 12_{}.jpg", "deep": "CT/Patient 12/CT/{}.jpg"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -324,9 +329,12 @@ def test_ictcf_folders_in_all_variants(tmp_path, layout):
     root = tmp_path / "HUST-19"
     for number in ("0099", "00100", "00007"):
         picture(root / layout.format(number), grey())
-    table(root / "patients.csv", ["Patient", "Morbidity", "CT"], ["Patient 12", "Severe", "Positive"], ["Patient 1", "Suspected", ""])
+    table(root / "patients.csv", ["Patient", "Morbidity", "CT"], ["Patient 12", "Severe", "Positive"], ["Patient 1",
+                                                                                                        "Suspected",
+                                                                                                        ""])
     (sample,) = get_source("ictcf").find(tmp_path)
-    assert (sample.patient, sample.group, sample.labels["severity"], sample.labels["ct"]) == ("12", "ictcf:12", "severe", "positive")
+    assert (sample.patient, sample.group, sample.labels["severity"], sample.labels["ct"]) == ("12", "ictcf:12",
+                                                                                              "severe", "positive")
     assert [path.stem.replace("_", "-").split("-")[-1] for path in sample.images] == ["00007", "0099", "00100"]
     report = check_data("ictcf", tmp_path)
     assert report.ok and "1 patients of the table are suspected (no severity)" in report.notices
@@ -373,17 +381,20 @@ def test_patients_have_one_name_in_all_sets(name, group):
 def test_covid_semiseg_check_lists_every_fault_at_once(tmp_path):
     from covidsev.data.datasets import load_phantom, write_covid_semiseg
 
-    dataset = write_covid_semiseg(tmp_path / "Dataset", train=load_phantom("train", 4, 64), test=load_phantom("test", 2, 64))
+    dataset = write_covid_semiseg(tmp_path / "Dataset", train=load_phantom("train", 4, 64), test=load_phantom("test", 2,
+                                                                                                              64))
     report = check_data("covid-semiseg", tmp_path)
     assert report.ok and report.tables["Pixels"]["slices"].tolist() == [4, 2], str(report)
-    multi, single = (dataset / "TrainingSet" / name for name in ("MultiClassInfection-Train", "LungInfection-Train/Doctor-label"))
+    multi, single = (dataset / "TrainingSet" / name for name in ("MultiClassInfection-Train",
+                                                                 "LungInfection-Train/Doctor-label"))
     picture(multi / "GT/train-000.png", np.full((64, 64), 7, np.uint8))
     (multi / "Imgs/train-001.png").write_bytes(b"<html>")
     (multi / "Imgs/train-002.png").unlink()
     picture(dataset / "TestingSet/LungInfection-Test/GT/test-000.png", np.zeros((64, 64), np.uint8) + 255)
     picture(single / "GT/train-003.png", np.full((64, 64), 9, np.uint8))
     report = check_data("covid-semiseg", tmp_path)
-    for words in ("GT/train-000.png", "looks like an HTML", "train-002 has no image", "slice test-000 differs", "GT/train-003.png"):
+    for words in ("GT/train-000.png", "looks like an HTML", "train-002 has no image", "slice test-000 differs",
+                  "GT/train-003.png"):
         assert any(words in fault for fault in report.faults), (words, report.faults)
     part = check_data("covid-semiseg", dataset / "TestingSet" / "LungInfection-Test")
     assert any("has no train slices" in fault for fault in part.faults)
@@ -402,7 +413,8 @@ def real(name):
 def test_real_covid_semiseg():
     report = check_data("covid-semiseg", real("covid-semiseg"))
     pixels = report.tables["Pixels"].set_index("split").to_dict("index")
-    names = ("slices", "background_px", "ggo_px", "consolidation_px", "infected_%_min", "infected_%_mean", "infected_%_max")
+    names = ("slices", "background_px", "ggo_px", "consolidation_px", "infected_%_min", "infected_%_mean",
+             "infected_%_max")
     assert [pixels["train"][name] for name in names] == [50, 5_807_318, 560_121, 326_093, 0.9, 14.5, 38.7]
     assert [pixels["test"][name] for name in names] == [48, 4_852_231, 636_258, 262_742, 1.0, 15.9, 41.7]
     notices = "\n".join(report.notices)
@@ -414,7 +426,8 @@ def test_real_slices_have_the_known_ratios():
     root, sums = real("covid19-ct-seg-slices"), {}
     for sample in get_source("covid19-ct-seg-slices").find(root):
         masks = load_masks(sample)
-        sums.setdefault(sample.labels["scan"], Counter()).update(lung=int(masks.lungs.sum()), infection=int(masks.infection.sum()))
+        sums.setdefault(sample.labels["scan"], Counter()).update(lung=int(masks.lungs.sum()),
+                                                                 infection=int(masks.infection.sum()))
     known = {row["case_inferred"]: float(row["infection_over_lung"]) for _, row in read_rows(root / "cases.csv")}
     assert {scan: round(line["infection"] / line["lung"], 4) for scan, line in sums.items()} == known
 
@@ -468,7 +481,8 @@ def test_real_ictcf_table():
     root = real("ictcf-tables")
     patients = read_ictcf_table(root / "patients.csv")
     assert len(patients) == 1521
-    assert Counter(one.severity for one in patients.values()) == {"regular": 596, None: 627, "severe": 202, "critical": 72, "mild": 24}
+    assert Counter(one.severity for one in patients.values()) == {"regular": 596, None: 627, "severe": 202, "critical":
+                                                                  72, "mild": 24}
     # mild is defined by a CT without findings, so CT cannot tell it from the rest without circularity
     assert "positive" not in {one.ct for one in patients.values() if one.morbidity in ("mild", "control")}
     assert "negative" not in {one.ct for one in patients.values() if one.severity in ("regular", "severe", "critical")}
