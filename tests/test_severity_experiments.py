@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from covidsev.core import LeakageError, repo_root, write_json, write_text
-from covidsev.data import show as figures
+from covidsev.data import show
 from covidsev.data.phantom import to_uint8
 from covidsev.data.scans import turn_picture
 from covidsev.data.sources import get_source
 from covidsev.method.training import save_checkpoint
 from covidsev.method.unets import build_network
-from covidsev.paper import experiments
+from covidsev.paper import experiments, figures
 from covidsev.paper import validation as va
 from covidsev.severity.score import MIN_FRACTIONS
 
@@ -166,7 +166,7 @@ def test_notebooks_have_their_shape(name):
 @pytest.mark.parametrize("name", RENDER)
 def test_render_with_everything_and_with_nothing(name, results, tmp_path, monkeypatch):
     # the library notebook draws each figure, full and empty; here only what is put into which file matters
-    monkeypatch.setattr(figures, "captioned", lambda fig, text: fig)
+    monkeypatch.setattr(show, "captioned", lambda fig, text: fig)
     monkeypatch.setattr(figures, "save_figure", lambda fig, stem: [write_text(f"{stem}.{end}", "") for end in ("svg", "png")])
     whole, empty = tmp_path / "whole", tmp_path / "empty"
     small = {"shape": list(TINY)} if name == "figure_severity" else {}
