@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['turn_picture', 'Scan', 'sniff', 'check_hu', 'calibrate', 'fill_nan', 'load_pictures', 'read_scan', 'count_values',
-           'label_table', 'Rules', 'read_mask_alone', 'read_mask_for', 'label_palette', 'write_mask', 'case_id',
-           'find_cases']
+           'label_table', 'Rules', 'read_mask_alone', 'read_mask_for', 'label_palette', 'write_mask']
 
 # %% ../../nbs/1_data/05_scans.ipynb #a5235c62
 import gzip
@@ -26,7 +25,7 @@ from .pictures import (MIN_SIDE, by_stem, decode_mask, describe_bytes, list_pict
                                     natural_key, raw_values, read_grey, stem_of, unmatched)
 from .volumes import (Grid, Header, Loaded, dicom_files, is_dicom, load_dicom,
                                    load_nifti, nifti_grid, read_head, read_header, read_voxels,
-                                   show_affine, starts_as_dicom)
+                                   show_affine)
 
 # %% ../../nbs/1_data/05_scans.ipynb #cf793b6c
 def turn_picture(array: np.ndarray) -> np.ndarray:
@@ -575,62 +574,3 @@ def write_mask(path: str | Path, mask: np.ndarray, scan: Scan) -> None:
         order = scan.names if scan.bottom_first else scan.names[::-1]
         for k, name in enumerate(order):
             _write_picture(path / f"{name}.png", turn_picture(mask[:, :, k]))
-
-# %% ../../nbs/1_data/05_scans.ipynb #cf154ef0
-def _stem(path: Path) -> str:
-    """The name without its type: "case" of case.nii.gz."""
-    name = path.name
-    for suffix in (".nii.gz", ".nii"):
-        if name.lower().endswith(suffix):
-            return name[:-len(suffix)]
-    return path.stem if path.is_file() else name
-
-
-def case_id(name: str, salt: str | None = None) -> str:
-    """`name`, or twelve hexadecimal digits that only somebody with `salt` can make from it."""
-    return name if salt is None else sha256_bytes(f"{salt}\0{name}".encode())[:12]
-
-
-def _case_paths(folder: Path, pictures: str) -> list[Path]:
-    """The cases directly in `folder`: NIfTI files, sub-folders with a scan, or the folder
-    itself."""
-    inner = sorted((path for path in folder.iterdir() if path.is_dir() and not
-                    path.name.startswith((".", "__"))), key=lambda path: natural_key(path.name))
-    inner = [path for path in inner if _nifti_files(path) or list_pictures(path) or
-             dicom_files(path)]
-    own = list_pictures(folder)
-    if own and pictures == "stack":
-        if inner or _nifti_files(folder):
-            raise ConfigError("one case, or many?", file=folder,
-                              found=f"{len(own)} pictures, {len(inner)} folders, "
-                                    f"{len(_nifti_files(folder))} NIfTI files",
-                              fix="move the pictures into a folder of their own")
-        return [folder]
-    if any(path.is_file() and starts_as_dicom(path) for path in folder.iterdir()):
-        return [folder]  # a series, perhaps with more of it below
-    return sorted(_nifti_files(folder) + own + inner, key=lambda path: natural_key(path.name))
-
-
-def find_cases(path: str | Path, *, pictures: str = "stack",
-               salt: str | None = None) -> list[tuple[str, Path]]:
-    """(case id, path for `read_scan`) for a file, or for every case in a folder, by natural order.
-
-    pictures: "stack" takes the pictures in one folder as one case, "slices" each as its own. salt:
-    ids are hashes. `ConfigError` where there is nothing, where ids occur twice, or where it is not
-    clear what a case is."""
-    check_choice("pictures", pictures, ("stack", "slices"))
-    path = Path(path)
-    try:
-        paths = [path] if path.is_file() else _case_paths(path, pictures)
-    except OSError as error:
-        raise ConfigError("not a file or folder that can be read", file=path, found=error.strerror,
-                          fix="check the path") from error
-    names = [_stem(one if one.name not in ("", "..") else one.resolve()) for one in paths]
-    twice = sorted({name for name in names if names.count(name) > 1}, key=natural_key)
-    if twice or not paths:
-        raise ConfigError(
-            "there are two cases of one name" if twice else "no case in this folder", file=path,
-            found=", ".join(twice[:8]) or "nothing to read",
-            expected="NIfTI files, or a folder with a DICOM series or pictures for each case",
-            fix="rename one of them" if twice else "check the path")
-    return [(case_id(name, salt), one) for name, one in zip(names, paths, strict=True)]

@@ -36,7 +36,7 @@ import numpy as np
 from ..core import (MAX_ARCHIVE_BYTES, MAX_ARCHIVE_MEMBERS, MAX_ARCHIVE_RATIO, ArchiveError,
                            ChecksumError, ConfigError, CovidSevError, DataMissingError,
                            GeometryError, ReadError, check_choice, data_root, progress,
-                           publish_folder, read_json, run_lock, sha256_bytes, sha256_file, suggest,
+                           publish_folder, read_json, run_lock, sha256_bytes, sha256_file,
                            write_json)
 from .datasets import (KNOWN_SHARED_GROUPS, PARTS, find_covid_semiseg, load_unlabelled,
                                     read_note, read_split, scan_group)

@@ -18,7 +18,7 @@ from covidsev.data.datasets import (KNOWN_SHARED_GROUPS, LABELLED_PEAKS, SCAN_GR
                                     phantom_pseudo_labels, pool_tensors, pseudo_label_tensors, scan_group,
                                     scan_of_name, scan_rule, shares_scan_with_train, spread_over_scans, to_tensors,
                                     write_covid_semiseg)
-from covidsev.data.pictures import read_image, read_mask, resize_image
+from covidsev.data.pictures import read_mask, resize_image
 
 
 LABELS = np.random.default_rng(0).choice(3, (48, 40), p=[0.7, 0.2, 0.1]).astype(np.uint8)
