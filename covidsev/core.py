@@ -432,7 +432,7 @@ def read_json(path: str | Path) -> Any:
     """The content of a JSON file; ConfigError if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # or nested without end
         fix = "delete it and run again"
         raise ConfigError("not a JSON file", file=path, found=str(error), fix=fix) from error
 

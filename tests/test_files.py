@@ -1,4 +1,4 @@
-"""Hashes, atomic files, locks and cache keys: properties, and the accidents that they are there for."""
+"""Hashes, atomic files, folders, locks and the environment: properties, and the accidents that they are there for."""
 import errno
 import json
 import math
@@ -88,7 +88,7 @@ def test_write_json_of_something_odd_leaves_the_old_file(tmp_path):
     assert core.read_json(tmp_path / "x.json") == {"a": 1} and names(tmp_path) == ["x.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"<html>", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"<html>", b"\xff\xfe", b"[" * 10**5])
 def test_read_json_names_a_file_that_is_not_json(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ConfigError, match="run.json"):
