@@ -36,6 +36,8 @@ AS_RUN = (
     "As executed in the profile `smoke`: tiny networks on the embedded phantom. It shows what the notebook "
     "does; the numbers of each profile are under *Results*."
 )
+DRAWN = "As drawn from the results of the profile `cpu`, on real slices; it shows none of them."
+SLICES = {"figure_qualitative", "figure_coach", "figure_reconstruction"}  # pictures of slices are in these
 NOT_RUN = "Not executed where this site was built: `make reproduce` runs it on the phantom."
 Files = dict[str, bytes]
 
@@ -54,8 +56,12 @@ def site_path(path: str) -> str | None:
         return "claims.md"
     if path.startswith("results/checklists/"):
         return path.removeprefix("results/")
-    if table := re.fullmatch(r"results/(\w+)(/tables(/\w+\.\w+)?)?", path):
-        return f"results/{table[1]}.md"
+    if table := re.fullmatch(r"results/(\w+)/tables/(\w+)\.\w+", path):
+        return f"results/{table[1]}/{table[2]}.md"
+    if profile := re.fullmatch(r"results/(\w+)(/tables)?", path):
+        return "results/published.md" if profile[1] == "published" else f"results/{profile[1]}/index.md"
+    if re.fullmatch(r"docs/\w+\.(png|svg)", path):
+        return path.replace("docs/", "pictures/")
     return path if path.startswith("figures/") else None
 
 
@@ -105,6 +111,7 @@ def _page_cell(cell: dict, path: str) -> dict | None:
         return None
     tags = [tag for tag in cell["metadata"].get("tags", []) if tag in ("parameters", "injected-parameters")]
     tags += ["remove-input"] * (names.get("echo") == "false") + ["export"] * ("export" in names)
+    tags += ["hide-input"] * ("export" in names or _imports_alone(source))
     source = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
     outputs = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
     return {
@@ -114,6 +121,12 @@ def _page_cell(cell: dict, path: str) -> dict | None:
         "source": source,
         "outputs": outputs,
     }
+
+
+def _imports_alone(source: str) -> bool:
+    """Whether a cell holds nothing but imports, which are folded like what stands in the package."""
+    body = ast.parse(source).body
+    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
 
 
 def dump(notebook: dict) -> bytes:
@@ -133,27 +146,36 @@ def head_of(notebook: dict) -> tuple[str, str]:
     return (title[1].strip() if title else "Untitled", quote[1].strip() if quote else "")
 
 
-def executed(root: Path, name: str, registry: Registry) -> Path | None:
-    """The notebook of experiment `name` as run in `smoke`: on the phantom, never on a real slice."""
-    folder = root / "results" / "smoke" / name
-    rows = list(registry.experiments[name].rows) if name in registry.experiments else []
-    places = [folder, *(folder / f"{row}-seed0" for row in rows)]
-    return next((place / "executed.ipynb" for place in places if (place / "executed.ipynb").is_file()), None)
+def executed(root: Path, name: str, registry: Registry) -> tuple[Path | None, str]:
+    """The notebook of experiment `name` as it was run here, and what to say of it.
+
+    One that draws tables or curves: from the results of `cpu`. Any other: in `smoke`, on the phantom, so that no
+    page ever holds a real slice."""
+    known = registry.experiments.get(name)
+    places = {"cpu": [root / "results" / "cpu" / name]} if known and known.kind == "render" and name not in SLICES else {}
+    rows = list(known.rows) if known else []
+    places["smoke"] = [root / "results" / "smoke" / name / part for part in ("", *(f"{row}-seed0" for row in rows))]
+    for profile, folders in places.items():
+        for folder in folders:
+            if (folder / "executed.ipynb").is_file():
+                return folder / "executed.ipynb", DRAWN if profile == "cpu" else AS_RUN
+    return None, NOT_RUN
 
 
 def library_pages(root: Path) -> Files:
-    """The library notebooks and the front door."""
-    paths = [root / "nbs" / "index.ipynb", *library(root)]
+    """The library notebooks, the front door and the quarter of an hour behind it."""
+    paths = [*(root / "nbs" / f"{name}.ipynb" for name in ("index", "quarter_hour")), *library(root)]
+    paths = [path for path in paths if path.is_file()]
     names = [path.relative_to(root / "nbs").as_posix() for path in paths]
     return {name: dump(page_of(read_json(path), f"nbs/{name}")) for name, path in zip(names, paths, strict=True)}
 
 
 def experiment_pages(root: Path, registry: Registry) -> Files:
-    """The experiment notebooks: as executed on the phantom if that was done here, else without outputs."""
+    """The experiment notebooks: as they were executed here, else without outputs."""
     pages = {}
     for path in sorted((root / "nbs" / "experiments").glob("*.ipynb")):
-        run = executed(root, path.stem, registry)
-        page = page_of(read_json(run or path), f"nbs/experiments/{path.name}", AS_RUN if run else NOT_RUN)
+        run, note = executed(root, path.stem, registry)
+        page = page_of(read_json(run or path), f"nbs/experiments/{path.name}", note)
         pages[f"experiments/{path.name}"] = dump(page)
     return pages
 
@@ -191,7 +213,8 @@ def contents(pages: Files) -> str:
         first = others.get(part, []) if part == "Experiments and results" else []
         last = others.get(part, []) if not first else []
         parts.append(toctree(first + [name for name in library if part_of(name) == part] + last, part))
-    return "\n".join([*parts, toctree(["api/index"], "API")])
+    first = [toctree(["quarter_hour"])] if "quarter_hour.ipynb" in pages else []
+    return "\n".join([*first, *parts, toctree(["api/index"], "API")])
 
 
 def experiments_index(pages: Files, registry: Registry) -> bytes:
@@ -234,7 +257,7 @@ def results_pages(root: Path, pages: Files, registry: Registry) -> Files:
     for profile in profiles:
         made |= profile_page(root, profile, pages, registry)
     made |= published_page(root)
-    names = [*profiles, "published"]
+    names = [*(f"{profile}/index" for profile in profiles), "published"]
     made["results/index.md"] = (
         "# Results\n\nWhat was computed, profile by profile, and what the drafts and related papers "
         "print.\n\n" + toctree(names, hidden=False)
@@ -243,34 +266,39 @@ def results_pages(root: Path, pages: Files, registry: Registry) -> Files:
 
 
 def profile_page(root: Path, profile: str, pages: Files, registry: Registry) -> Files:
+    """A page a table, one with the figures, and one that lists them."""
     made: Files = {}
     title = registry.profiles[profile].title if profile in registry.profiles else ""
-    text = f"# Profile {profile}\n\n{title[:1].upper()}{title[1:]}\n\n## Tables\n\n"
     folder = root / "results" / profile / "tables"
-    tables = [
-        path for path in folder.glob("*.md") if path.stem not in ("claims", "findings")
-    ]  # on their own page
-    for path in sorted(tables, key=lambda path: natural(path.name)):
-        files = [each for each in sorted(folder.glob(f"{path.stem}.*")) if each.suffix != ".md"]
-        made |= {f"results/{profile}/{each.name}": each.read_bytes() for each in files}
-        links = ", ".join(f"{{download}}`{each.suffix[1:]} <{profile}/{each.name}>`" for each in files)
-        body = move_links(path.read_text(encoding="utf-8"), f"results/{profile}.md")
-        text += f"### {_link(path.stem, pages)}\n\n{body.strip()}\n\n{'Files: ' + links if files else ''}\n\n"
-    text = text if made else text.replace("## Tables\n\n", "")
-    text += "## Figures\n\n"
-    for path in sorted((root / "figures" / profile).glob("*.png")):
-        made |= {
-            f"figures/{profile}/{each.name}": each.read_bytes()
-            for each in sorted(path.parent.glob(f"{path.stem}.*"))
-        }
-        text += _figure(path, profile, pages)
-    return made | {f"results/{profile}.md": text.encode()}
+    tables = [path for path in folder.glob("*.md") if path.stem not in ("claims", "findings")]  # on their own page
+    names = sorted((path.stem for path in tables), key=natural)
+    for name in names:
+        made |= table_page(folder, name, profile, pages)
+    figures = sorted((root / "figures" / profile).glob("*.png"))
+    text = f"# Figures, profile {profile}\n\n" + "".join(_figure(path, profile, pages) for path in figures)
+    made |= {f"results/{profile}/figures.md": text.encode()} if figures else {}
+    for path in figures:
+        files = sorted(path.parent.glob(f"{path.stem}.*"))
+        made |= {f"figures/{profile}/{each.name}": each.read_bytes() for each in files}
+    listed = toctree([*names, *(["figures"] if figures else [])], hidden=False)
+    head = f"# Profile {profile}\n\n{title[:1].upper()}{title[1:]}\n\n{listed}"
+    return made | {f"results/{profile}/index.md": head.encode()}
+
+
+def table_page(folder: Path, name: str, profile: str, pages: Files) -> Files:
+    """A table with its notes, a link to the notebook that made it, and its files."""
+    files = [each for each in sorted(folder.glob(f"{name}.*")) if each.suffix != ".md"]
+    links = ", ".join(f"{{download}}`{each.suffix[1:]} <{each.name}>`" for each in files)
+    body = move_links((folder / f"{name}.md").read_text(encoding="utf-8"), f"results/{profile}/{name}.md").strip()
+    heading, _, rest = body.partition("\n")
+    text = f"# {heading.lstrip('# ')}\n\nMade by {_link(name, pages)}.{' Files: ' + links + '.' if files else ''}\n\n{rest.strip()}\n"
+    return {f"results/{profile}/{name}.md": text.encode()} | {f"results/{profile}/{each.name}": each.read_bytes() for each in files}
 
 
 def _link(name: str, pages: Files) -> str:
     """The title of experiment `name`, as a link to it if it has a page."""
     page = pages.get(f"experiments/{name}.ipynb")
-    return f"[{head_of(json.loads(page))[0]}](../experiments/{name}.ipynb)" if page else name
+    return f"[{head_of(json.loads(page))[0]}](../../experiments/{name}.ipynb)" if page else name
 
 
 def _figure(path: Path, profile: str, pages: Files) -> str:
@@ -283,8 +311,8 @@ def _figure(path: Path, profile: str, pages: Files) -> str:
     if name:
         words += [head_of(json.loads(pages[f"experiments/{name}.ipynb"]))[1], f"From {_link(name, pages)}."]
     if path.with_suffix(".svg").is_file():
-        words.append(f"{{download}}`svg <../figures/{profile}/{path.stem}.svg>`")
-    head = [f"```{{figure}} ../figures/{profile}/{path.name}", f":alt: {label}, profile {profile}"]
+        words.append(f"{{download}}`svg <../../figures/{profile}/{path.stem}.svg>`")
+    head = [f"```{{figure}} ../../figures/{profile}/{path.name}", f":alt: {label}, profile {profile}"]
     return "\n".join([*head, "", " ".join(words), "```", "", ""])
 
 
@@ -405,9 +433,9 @@ def pages_of(root: Path = ROOT) -> Files:
     linked = {
         target
         for page in front["cells"]
-        for target in re.findall(r"\((figures/[\w/.]+)\)", "".join(page["source"]))
+        for target in re.findall(r"\]\((pictures/[\w/.]+)\)", "".join(page["source"]))
     }
-    pages |= {target: (root / target).read_bytes() for target in linked if (root / target).is_file()}
+    pages |= {target: (root / "docs" / Path(target).name).read_bytes() for target in linked}
     return pages | {"index.ipynb": dump(front)}
 
 

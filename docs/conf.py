@@ -21,6 +21,8 @@ root_doc = "index"
 # notebooks are shown as they were run
 nb_execution_mode = "off"
 nb_render_markdown_format = "gfm"
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 nb_ipywidgets_js: dict = {}  # live widgets would fetch scripts from elsewhere; a static picture stays
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3

@@ -86,7 +86,9 @@ def test_an_empty_folder_is_not_a_good_site(tmp_path, capsys):
     ("![a](../figures/smoke/a.png)", "nbs/index.ipynb", "![a](figures/smoke/a.png)"),
     ("[a](../2_method/02_losses.ipynb)", "nbs/experiments/t.ipynb", "[a](../2_method/02_losses.ipynb)"),
     ("[a](experiments)", "nbs/index.ipynb", "[a](experiments/index.md)"),
-    ("[a](../results/cpu/tables/table2.md)", "nbs/index.ipynb", "[a](results/cpu.md)"),
+    ("[a](../results/cpu/tables/table2.md)", "nbs/index.ipynb", "[a](results/cpu/table2.md)"),
+    ("[a](../results/cpu)", "nbs/index.ipynb", "[a](results/cpu/index.md)"),
+    ("![a](../docs/a.png)", "nbs/index.ipynb", "![a](pictures/a.png)"),
     ("the [licence](../LICENSE) holds", "nbs/index.ipynb", "the licence holds"),
     ("[a](https://example.org)", "nbs/index.ipynb", "[a](https://example.org)"),
     ("`x[k](../y)` and\n```\nf[a](../b)\n```", "nbs/index.ipynb", "`x[k](../y)` and\n```\nf[a](../b)\n```"),
@@ -97,9 +99,10 @@ def test_links_lead_to_where_the_pages_are(source, path, moved):
 
 def test_directives_become_tags_and_hidden_cells_vanish():
     page = book.page_of(notebook(("code", "#| default_exp x"), ("markdown", "# T"), ("code", "#| export\ndef f(): ..."),
-                                 ("code", "#| hide\nsecret"), ("code", "#| echo: false\n1"), ("code", "2")), "nbs/01_x.ipynb", "told")
+                                 ("code", "#| hide\nsecret"), ("code", "#| echo: false\n1"), ("code", "import os"), ("code", "2")), "nbs/01_x.ipynb", "told")
     told = [(cell["source"], cell["metadata"].get("tags", [])) for cell in page["cells"]]
-    assert told == [("# T", []), ("```{note}\ntold\n```", []), ("def f(): ...", ["export"]), ("1", ["remove-input"]), ("2", [])]
+    assert told == [("# T", []), ("```{note}\ntold\n```", []), ("def f(): ...", ["export", "hide-input"]),
+                    ("1", ["remove-input"]), ("import os", ["hide-input"]), ("2", [])]
 
 
 def test_pages_hold_neither_warnings_of_a_run_nor_the_place_of_the_checkout():
@@ -120,48 +123,54 @@ def test_every_library_notebook_stands_once_in_the_contents_in_the_order_of_its_
         list(book.PARTS)[k] for k in (0, 1, 2, 3, 4, 4)]
 
 
-def test_executed_notebooks_come_from_the_phantom_only(tmp_path):
+def test_executed_notebooks_hold_no_real_slice(tmp_path):
     registry = book.load_registry(ROOT / "nbs" / "experiments" / "experiments.toml")
-    real = tmp_path / "results" / "cpu" / "table2_dice" / "executed.ipynb"
-    real.parent.mkdir(parents=True)
-    real.write_text("{}")
-    assert book.executed(tmp_path, "table2_dice", registry) is None
     row = next(iter(registry.experiments["train_single"].rows))
-    run = tmp_path / "results" / "smoke" / "train_single" / f"{row}-seed0" / "executed.ipynb"
-    run.parent.mkdir(parents=True)
-    run.write_text("{}")
-    assert book.executed(tmp_path, "train_single", registry) == run
+    for place in ("cpu/table2_dice", f"cpu/train_single/{row}-seed0", "cpu/figure_qualitative", f"smoke/train_single/{row}-seed0"):
+        (tmp_path / "results" / place).mkdir(parents=True)
+        (tmp_path / "results" / place / "executed.ipynb").write_text("{}")
+    found = {name: book.executed(tmp_path, name, registry) for name in ("table2_dice", "train_single", "figure_qualitative")}
+    assert found["table2_dice"] == (tmp_path / "results/cpu/table2_dice/executed.ipynb", book.DRAWN)
+    assert found["train_single"] == (tmp_path / f"results/smoke/train_single/{row}-seed0/executed.ipynb", book.AS_RUN)
+    assert found["figure_qualitative"] == (None, book.NOT_RUN)
 
 
-def test_a_results_page_shows_each_table_and_figure_with_its_files(tmp_path):
+def test_each_table_has_a_page_and_each_figure_its_files(tmp_path):
     for name in ("results/x/tables/table2.md", "results/x/tables/table2.csv", "figures/x/coach_masks.png", "figures/x/coach_masks.svg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("| a |\n|---|\n| 1 |")
+        (tmp_path / name).write_text("Table II (x)\n\n| a |\n|---|\n| 1 |")
     registry = book.load_registry(ROOT / "nbs" / "experiments" / "experiments.toml")
     pages = {"experiments/figure_coach.ipynb": json.dumps(notebook(("markdown", "# The coach\n\n> Harder masks."))).encode()}
-    made = book.profile_page(tmp_path, "x", pages, registry)
-    text = made.pop("results/x.md").decode()
-    assert set(made) == {"results/x/table2.csv", "figures/x/coach_masks.png", "figures/x/coach_masks.svg"}
-    assert "| 1 |" in text and "{download}`csv <x/table2.csv>`" in text
-    assert "**Coach masks.** Harder masks. From [The coach](../experiments/figure_coach.ipynb). {download}" in text
+    made = {name: data.decode() for name, data in book.profile_page(tmp_path, "x", pages, registry).items()}
+    assert set(made) == {*(f"results/x/{name}" for name in ("index.md", "table2.md", "table2.csv", "figures.md")),
+                         "figures/x/coach_masks.png", "figures/x/coach_masks.svg"}
+    assert made["results/x/table2.md"].startswith("# Table II (x)\n\nMade by table2. Files: {download}`csv <table2.csv>`.\n\n| a |")
+    assert "table2\nfigures" in made["results/x/index.md"]
+    assert "**Coach masks.** Harder masks. From [The coach](../../experiments/figure_coach.ipynb). {download}" in made["results/x/figures.md"]
 
 
 def test_claims_of_every_profile_are_shown_or_missed(tmp_path):
     assert b"No register" in book.claims_page(tmp_path)
     tables = tmp_path / "results" / "cpu" / "tables"
     tables.mkdir(parents=True)
-    (tables / "claims.md").write_text("# Claims of cpu\n\nPASS")
+    (tables / "claims.md").write_text("# Claims of cpu\n\nsupported")
     (tables / "findings.md").write_text("It held.")
     text = book.claims_page(tmp_path).decode()
-    assert text.endswith("## Profile cpu\n\nIt held.\n\n### Claims of cpu\n\nPASS\n\n")
+    assert text.endswith("## Profile cpu\n\nIt held.\n\n### Claims of cpu\n\nsupported\n\n")
     registry = book.load_registry(ROOT / "nbs" / "experiments" / "experiments.toml")
-    assert "PASS" not in book.profile_page(tmp_path, "cpu", {}, registry)["results/cpu.md"].decode()
+    assert "claims" not in book.profile_page(tmp_path, "cpu", {}, registry)["results/cpu/index.md"].decode()
 
 
 def test_only_what_changed_is_written_and_what_is_gone_is_removed(tmp_path):
     assert book.write_tree(tmp_path, {"a.md": b"1", "d/b.md": b"2"}) == 2
     assert book.write_tree(tmp_path, {"a.md": b"1", "c.md": b"3"}) == 1
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.md", "c.md"]
+
+
+def test_every_file_that_the_checklists_name_is_there():
+    for path in [*(ROOT / "results" / "checklists").glob("*.md"), ROOT / "codecheck.yml"]:
+        named = set(re.findall(r"(?:nbs|results|figures|docs)(?:/[\w.]+)+", path.read_text(encoding="utf-8")))
+        assert named and not [name for name in named if not (ROOT / name).exists()], path.name
 
 
 # ---------------------------------------------------------------- the shape report
