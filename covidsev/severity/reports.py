@@ -521,12 +521,16 @@ def _uri(picture: np.ndarray) -> str:
     return "data:image/png;base64," + b64encode(png_of(picture)).decode("ascii")
 
 
+_WIDE = (1, 6, 11, 14, 15, 16)  # boxes of the drawing that go through the whole lung
+
+
 def _parts(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Regions or sectors, with the lines that stand in their box of the drawing."""
     found = []
     for part in result["sectors"] or result["regions"]:
         share = "not seen" if part["score"] is None else f"{share_text(part['fraction'])} → {part['score']}"
-        found.append({**part, "lines": [*textwrap.wrap(f"{part['id']} {part['name']}", 18), share]})
+        width = 36 if part["id"] in _WIDE else 13 if part["id"] in (2, 12) else 18
+        found.append({**part, "lines": [*textwrap.wrap(f"{part['id']} {part['name']}", width), share]})
     return found
 
 
