@@ -210,7 +210,7 @@ def check_outputs(run: Run, stage: Path, checkpoints: Path | None = None) -> dic
     wanted, said = json.loads(json.dumps(run.parameters)), record.get("parameters", {})
     wrong = [f"{name}: {said.get(name)!r} instead of {wanted.get(name)!r}"
              for name in sorted({*wanted, *said}) if name not in LOCATIONS
-             and said.get(name, "nothing") != wanted.get(name, "nothing")]
+             and said.get(name, "nothing") != wanted.get(name, "nothing") is not None]
     if wrong:
         raise NotebookError(f"{run.name} did not run with the requested parameters",
                             file=run.notebook, found="; ".join(wrong),

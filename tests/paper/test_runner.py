@@ -369,6 +369,14 @@ def test_a_run_that_keeps_or_had_less_than_it_should_fails(toys):
             assert not list((toys / "out/results").rglob("metrics.csv"))
 
 
+def test_what_is_everything_there_is_may_be_said_in_numbers(tmp_path):
+    places = Places(tmp_path / "out")
+    notebook = write_notebook(tmp_path / "n.ipynb", SETTINGS + "\nslices = None", WORK.replace('"epochs": epochs', '"epochs": epochs, "slices": 12'))
+    make(toy_run(notebook, slices=None), places)
+    with pytest.raises(NotebookError, match="slices: 12 instead of 11"):
+        make(toy_run(notebook, slices=11), places)
+
+
 def test_a_figure_with_nothing_to_show_is_skipped_with_a_line_unless_it_was_asked_for(toys):
     nothing = 'from covidsev.core import DataMissingError\nraise DataMissingError("no run has been made")'
     write_notebook(toys / "table.ipynb", 'profile = "smoke"\noutput = ""', nothing)
