@@ -11,6 +11,7 @@ __all__ = ['INTERRUPTED', 'run_cleanly', 'CleanGroup', 'main', 'ListedCommand', 
 import json
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
@@ -158,6 +159,22 @@ def _overrides(pairs: tuple[str, ...], device: str | None) -> dict[str, Any]:
     return {**parse_settings(pairs), **({"device": device} if device else {})}
 
 
+def _execute(name: str, folder: Path, **settings: Any) -> None:
+    """Executes a notebook that answers for this machine alone, and prints the tables it writes."""
+    from covidsev.paper.runner import Child
+
+    notebook = repo_root() / "nbs" / "experiments" / f"{name}.ipynb"
+    click.echo(f"executing {notebook.name}: minutes", err=True)
+    child = Child("covidsev.paper.runner.execute", notebook, {**settings, "output": str(folder)},
+                  folder / "executed.ipynb")
+    try:
+        child.result()
+    finally:
+        child.stop()
+    for table in sorted(folder.glob("*.csv")):
+        click.echo(f"{table.name}\n{table.read_text(encoding='utf-8')}")
+
+
 def show_results(root: Path, profile: str) -> None:
     """Prints every table of a profile, and where results and figures lie."""
     for table in sorted((root / "results" / profile / "tables").glob("*.md")):
@@ -176,6 +193,8 @@ def show_results(root: Path, profile: str) -> None:
 @click.option("--force", is_flag=True, help="Run again even where the result is there.")
 @click.option("--explain", is_flag=True, help="Print the plan and why each run is stale, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="The plan in a form for machines, and stop.")
+@click.option("--rehearse", is_flag=True,
+              help="Make two steps of everything that is different, elsewhere, and say what it costs.")
 @click.option("--minutes", type=float, help="Longest time of a run (default: as the profile says).")
 @click.option("--allow-dirty", is_flag=True,
               help="Run cpu or paper with changes that no commit holds.")
@@ -183,15 +202,19 @@ def show_results(root: Path, profile: str) -> None:
 @_DATA
 @_DEVICE
 @_SET
-def reproduce(profile: str, rows: tuple, seeds: tuple, explain: bool, as_json: bool,
-              out: str | None, data_root: str | None, device: str | None, pairs: tuple,
-              **more: Any) -> None:
+def reproduce(profile: str, only: tuple, rows: tuple, seeds: tuple, explain: bool, as_json: bool,
+              rehearse: bool, out: str | None, data_root: str | None, device: str | None,
+              pairs: tuple, **more: Any) -> None:
     """Make every result of a profile that is not there yet."""
+    if rehearse:
+        with tempfile.TemporaryDirectory(prefix="covidsev-rehearsal-") as folder:
+            return _execute("rehearsal", Path(folder), profile=profile, only=list(only),
+                            rows=list(rows), device=device or "auto", jobs=more["jobs"] or 1)
     from covidsev.paper.runner import machine_plan
     from covidsev.paper.runner import reproduce as run
 
     root, echo = Path(out or repo_root()).resolve(), (lambda line: None) if as_json else click.echo
-    plan = run(profile, rows=rows, seeds=seeds, explain=explain or as_json, root=root,
+    plan = run(profile, only, rows, seeds, explain=explain or as_json, root=root,
                data=data_root, overrides=_overrides(pairs, device), echo=echo, **more)
     if as_json:
         click.echo(json.dumps(machine_plan(plan), indent=1))
@@ -446,18 +469,7 @@ def bench(what: str, out: str | None, **settings: Any) -> None:
     check_choice("benchmark", what, ("all", "steps", "volume"))
     folder = Path(out or repo_root() / "results" / "benchmark").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    from covidsev.paper.runner import Child
-
-    notebook = repo_root() / "nbs" / "experiments" / "benchmark.ipynb"
-    child = Child("covidsev.paper.runner.execute", notebook, {"what": what, "output": str(folder),
-                                                              **settings},
-                  folder / "executed.ipynb")
-    try:
-        child.result()
-    finally:
-        child.stop()
-    for table in sorted(folder.glob("*.csv")):
-        click.echo(f"{table}\n{table.read_text(encoding='utf-8')}")
+    _execute("benchmark", folder, what=what, **settings)
 
 
 def _verify_claims(profile: str, root: Path, as_json: bool) -> int:

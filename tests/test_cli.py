@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -167,6 +169,16 @@ def test_evaluate_writes_no_formula(tmp_path, stem):
     status, text = call("evaluate", "--pred", tmp_path / "maps", "--truth", tmp_path / "masks", "--out", tmp_path / "out")
     line = (tmp_path / "out/per_image.csv").read_text().splitlines()[1]
     assert status == 0 and line.startswith(("" if stem == "plain" else "'") + stem)
+
+
+def test_a_rehearsal_tries_every_way_once_and_says_what_it_costs(repository):
+    before = sorted((repository / "results").rglob("*"))
+    status, text = call("reproduce", "--rehearse", "--profile", "smoke", "--only", "train_single", "--row", "unet", "--row", "sinfnet_self")
+    assert status == 0, text
+    table = pd.read_csv(StringIO(text.partition("rehearsal.csv\n")[2])).set_index("row")
+    assert {"unet", "sinfnet_self", "infnet_coach"} <= set(table.index)
+    assert (table[["parameters_m", "memory_mib", "steps", "tera_operations", "minutes"]] > 0).all(axis=None)
+    assert sorted((repository / "results").rglob("*")) == before
 
 
 def test_interrupted_reproduce_is_status_130_and_leaves_no_process(tmp_path):
