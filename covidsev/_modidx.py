@@ -7,6 +7,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                               'covidsev.cli.ListedCommand.format_options': ('cli.html#listedcommand.format_options', 'covidsev/cli.py'),
                               'covidsev.cli.ListedCommand.get_params': ('cli.html#listedcommand.get_params', 'covidsev/cli.py'),
                               'covidsev.cli._as_option': ('cli.html#_as_option', 'covidsev/cli.py'),
+                              'covidsev.cli._execute': ('cli.html#_execute', 'covidsev/cli.py'),
                               'covidsev.cli._few': ('cli.html#_few', 'covidsev/cli.py'),
                               'covidsev.cli._installation': ('cli.html#_installation', 'covidsev/cli.py'),
                               'covidsev.cli._of_mask': ('cli.html#_of_mask', 'covidsev/cli.py'),
