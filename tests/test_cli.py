@@ -21,7 +21,7 @@ from covidsev.core import run_lock
 from covidsev.severity.inputs import TASKS, Options
 
 COMMAND = [sys.executable, "-c", "from covidsev.cli import main; main()"]
-TINY = ["--set", "epochs=1", "--set", "size=32", "--set", "n_train=4", "--set", "n_test=2", "--set", "val_slices=2",
+TINY = ["--set", "epochs=1", "--set", "size=32", "--set", "n_train=4", "--set", "n_test=2",
         "--set", "warmup_epochs=0"]
 
 

@@ -78,7 +78,7 @@ def test_statuses(clinic, tmp_path):
     expected = [
         (2, "prediction needs trained weights", ("severity", scans, "--phantom", "-o", out)),
         (2, "--weights FILE", ("segment", scans, "--phantom", "-o", out)),
-        (2, "covidsev export", ("segment", scans, "--weights", "best.pt", "-o", out)),
+        (2, "covidsev export", ("segment", scans, "--weights", "last.pt", "-o", out)),
         (5, "weights", ("segment", scans, "--weights", scans / "anna.nii.gz", "-o", out)),
         (2, "Missing option '-o'", ("severity", scans)),
         (2, "No such option", ("segment", scans, "-o", out, "--infection", masks)),

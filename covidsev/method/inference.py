@@ -507,7 +507,7 @@ def segment(scan: Scan, segmenter: Segmenter, lungs: np.ndarray | None = None, *
 
 # %% ../../nbs/2_method/10_inference.ipynb #cell-048
 EXPORTED = ("train_single", "train_multi")  # the experiments that train a network
-WEIGHTS_FILE = "best.pt"  # of a finished run
+WEIGHTS_FILE = "last.pt"  # of a finished run
 CARD_METRICS = {"single": ("dice", "sensitivity", "specificity", "precision", "hd95", "pooled_dice", "meanDice", "Sm", "MAE"),
                 "multi": ("dice_infection", "dice_prior", "dice_ggo_38", "dice_consolidation_38", "dice_lesion_38",
                           "pooled_dice_ggo", "pooled_dice_consolidation")}

@@ -1,7 +1,7 @@
-"""Pretext runs: what they see, that they resume with the same bits, what they hand over, and what they refuse."""
+"""What a run starts from: what a pretext sees and hands over, priors that leak nothing, pseudo labels; stops and faults."""
 import json
-import multiprocessing
 import os
+import pickle
 import signal
 from functools import lru_cache
 from pathlib import Path
@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from covidsev.paper import starts as pretext_runs
-from covidsev.paper import runs
-from covidsev.method.coach import Pretext, RotationNet
-from covidsev.method.inpainting import InpaintingNet
-from covidsev.core import CheckpointError, ConfigError, DataMissingError, LeakageError, NonFiniteError, RunLockedError
-from covidsev.method.unets import build_network
-from covidsev.data.datasets import load_splits, to_tensors
-from covidsev.method.unets import MultiClassUNet
-from covidsev.paper.starts import (build_players, check_unseen, game_identity, harder_than_random, image_hashes, load_pretext_images,
-                                   pretext_run, pretrain, pretrain_network, start_game)
-from covidsev.core import run_lock
-from covidsev.method.training import TrainingInterrupted, load_checkpoint, weights_hash
+from covidsev.core import CheckpointError, ConfigError, DataMissingError, GeometryError, LeakageError, NonFiniteError
+from covidsev.data.datasets import KNOWN_SHARED_GROUPS, Splits, load_splits, to_tensors
+from covidsev.method import training
+from covidsev.method.coach import Pretext
+from covidsev.method.multiclass import fold_assignments
+from covidsev.method.training import TrainingInterrupted, load_checkpoint, run_to_end, save_checkpoint, weights_hash
+from covidsev.paper import starts
+from covidsev.paper.runs import build_started, load_run_data, start_from
+from covidsev.paper.starts import (PriorRun, SplitPriors, build_players, check_unseen, game_identity, image_hashes,
+                                   label_pool, load_pool, load_pretext_images, load_priors, pretext_metrics,
+                                   pretrain_network, read_priors, save_priors, start_game, train_phase_one, train_priors)
 
 from tiny import tiny_backbone
 
@@ -32,99 +31,91 @@ def tiny():
         yield
 
 
-BASE = {"profile": "smoke", "row": "infnet_coach", "seed": 0, "data": "phantom", "size": 64, "n_train": 8, "n_test": 4, "val_slices": 4, "split_seed": 0,
-        "model": "infnet", "backbone": "tiny", "init": "scratch", "form": "small", "variant": "linear", "task": "inpainting",
-        "masks": "coach", "images": "labelled", "n_unlabelled": 8, "images_per_epoch": 0, "priors": "", "warmup_epochs": 1, "rounds": 1,
-        "coach_epochs": 1, "network_epochs": 1, "keep": 0.75, "batch_size": 4, "learning_rate": 2e-3, "later_rate": 0.5,
-        "coach_learning_rate": 2e-3, "coach_backbone": "tiny", "augment": "paper", "save_every": 1, "device": "cpu", "threads": 1,
-        "results": "", "data_root": ""}
+SHARED = {"profile": "smoke", "seed": 0, "data": "phantom", "size": 64, "n_train": 8, "n_test": 4, "n_unlabelled": 8,
+          "init": "scratch", "form": "small", "batch_size": 4, "learning_rate": 2e-3, "precision": "float32", "save_every": 1,
+          "device": "cpu", "threads": 1, "results": "", "data_root": "", "start": ""}
+BASE = SHARED | {"row": "infnet_coach", "model": "infnet", "backbone": "tiny", "heads": "linear", "task": "inpainting", "masks": "coach",
+                 "images": "labelled", "images_per_epoch": 0, "priors": "", "warmup_epochs": 1, "rounds": 1, "coach_epochs": 1,
+                 "network_epochs": 1, "later_rate": 0.5, "coach_learning_rate": 2e-3, "coach_backbone": "tiny", "augment": "paper"}
+FIRST = SHARED | {"row": "unet", "size": 32, "model": "unet", "backbone": "small", "n_folds": 2, "epochs": 2, "augment": "paper"}
+SEMI = SHARED | {"row": "loop", "size": 32, "model": "segnet", "backbone": "small", "source": "loop", "rounds": 2, "epochs_per_round": 1,
+                 "round_learning_rate": 1e-3, "epochs": 2, "n_train": 4, "n_unlabelled": 6}
 
 
-@pytest.fixture
-def base(tmp_path) -> dict:
-    return {**BASE, "output": str(tmp_path / "output"), "checkpoints": str(tmp_path / "checkpoints")}
+def placed(settings: dict, folder: Path, **changes) -> dict:
+    return settings | {"output": str(folder / "output"), "checkpoints": str(folder / "checkpoints"), **changes}
 
 
 @lru_cache
-def training_images(n: int) -> pretext_runs.PretextImages:
+def training_images(n: int) -> starts.PretextImages:
     """The images of `BASE` with `n` training slices, made once."""
     return load_pretext_images({**BASE, "n_train": n})
 
 
-def play(game: Pretext, folder: Path, **options) -> None:
-    """The game to its end, with a checkpoint after every epoch."""
-    pretrain(game, folder, game_identity(BASE, game), save_every=1, **options)
+def new_game(settings=BASE, kind=None) -> Pretext:
+    game = start_game(settings, build_players(settings), training_images(settings["n_train"]))
+    game.__class__ = kind or game.__class__
+    return game
 
 
-def new_game(settings=BASE, kind=Pretext) -> Pretext:
-    images, players = training_images(settings["n_train"]), build_players(settings)
-    return kind(players.pretext, images.tensor, pretext_runs.pretext_config(settings), players.coach, watched=images.watched, ids=images.ids)
+def play(game: Pretext, folder: Path, **options) -> Pretext:
+    run_to_end(game, folder, game_identity(BASE, game), save_every=1, **options)
+    return game
 
 
 def bits(game: Pretext) -> list:
-    """All that a finished game leaves, to compare."""
     result = game.result()
     return [weights_hash(game.network), weights_hash(game.coach), result.history.to_csv(), result.masks.numpy().tobytes()]
 
 
 @pytest.fixture(scope="module")
 def expected(tiny, tmp_path_factory) -> list:
-    game = new_game()
-    play(game, tmp_path_factory.mktemp("whole"))
-    return bits(game)
+    return bits(play(new_game(), tmp_path_factory.mktemp("whole")))
 
 
 # what a pretext sees
 
 @pytest.mark.parametrize("images", ["labelled", "unlabelled"])
-def test_validation_and_test_slices_are_never_seen(images):
-    settings = {**BASE, "images": images, "n_train": 10}
-    found, splits = load_pretext_images(settings), load_splits("phantom", size=64, n_train=10, val_slices=4, n_test=4)
-    for part in (splits.val, splits.test):
-        assert not set(image_hashes(to_tensors(part, 64)[0])) & set(image_hashes(found.tensor))
-        assert not set(part.ids) & set(found.ids)
-    assert found.ids[:10] == splits.train.ids and found.labelled == 10
+def test_test_slices_are_never_seen(images):
+    found, splits = load_pretext_images({**BASE, "images": images, "n_train": 10}), load_run_data({**BASE, "n_train": 10})
+    assert not set(image_hashes(to_tensors(splits.test, 64)[0])) & set(image_hashes(found.tensor))
+    assert found.ids[:10] == splits.train.ids and found.labelled == 10 and not set(splits.test.ids) & set(found.ids)
     assert len(found.tensor) == len(set(found.ids)) == (10 if images == "labelled" else 18)
-    assert set(image_hashes(found.watched)) <= set(image_hashes(found.tensor[:10]))  # watched: training slices, of both arms the same
+    assert set(image_hashes(found.watched)) <= set(image_hashes(found.tensor[:10]))  # the same ones in both arms
 
 
 def test_held_out_slices_are_refused_by_content_and_by_name():
-    splits = load_splits("phantom", size=64, n_train=8, val_slices=4, n_test=2)
-    train = to_tensors(splits.train, 64)[0]
-    with pytest.raises(LeakageError, match="val val-002 = renamed"):
-        check_unseen(torch.cat([train, to_tensors(splits.val, 64)[0][2:3]]), [*splits.train.ids, "renamed"], {"val": splits.val})
+    splits = load_run_data(BASE)
+    train, test = (to_tensors(part, 64)[0] for part in (splits.train, splits.test))
+    with pytest.raises(LeakageError, match="test test-002 = renamed"):
+        check_unseen(torch.cat([train, test[2:3]]), [*splits.train.ids, "renamed"], test=splits.test)
     with pytest.raises(LeakageError, match="test test-000"):
-        check_unseen(train, ["test-000", *splits.train.ids[1:]], {"test": splits.test})
-    check_unseen(train, splits.train.ids, {"val": splits.val, "test": splits.test, "none": splits.test.subset([])})
+        check_unseen(train, ["test-000", *splits.train.ids[1:]], test=splits.test)
+    check_unseen(train, splits.train.ids, test=splits.test, none=splits.test.subset([]))
 
 
 def test_a_test_slice_in_the_pool_stops_the_run(monkeypatch):
-    test = load_splits("phantom", size=64, n_train=8, val_slices=4).test
-
-    def leaking(n, size, seed):
-        return to_tensors(test.subset([3]), size)[0], ["pool-000"]
-
-    monkeypatch.setattr(pretext_runs, "phantom_pool", leaking)
+    stolen = to_tensors(load_run_data(BASE).test.subset([3]), 64)
+    monkeypatch.setattr(starts, "phantom_pseudo_labels", lambda n, size: (*stolen, ["pool-000"]))
     with pytest.raises(LeakageError, match="test test-003 = pool-000"):
         load_pretext_images({**BASE, "images": "unlabelled"})
 
 
 def test_real_slices_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(DataMissingError, match="covidsev data get"):
-        load_pretext_images({**BASE, "data": "covid-semiseg", "data_root": str(tmp_path)})
+    for read in (load_pretext_images, load_pool):
+        with pytest.raises(DataMissingError, match="covidsev data get"):
+            read({**BASE, "data": "covid-semiseg", "data_root": str(tmp_path)})
 
 
-def test_the_pool_of_the_real_data_is_disjoint_from_validation_and_test(data_root):
-    settings = {**BASE, "data": "covid-semiseg", "data_root": str(data_root), "n_train": None, "images": "unlabelled", "n_unlabelled": 20}
-    found = load_pretext_images(settings)
-    assert (found.labelled, len(found.tensor), found.kind) == (46, 66, "real")
-    card = pretext_runs.data_card(found).set_index("images")
-    assert card.loc["unlabelled, as stored", "dark"] > 0.4 and card.loc["unlabelled, as used", "dark"] < 0.1
-    labelled, used = card.loc["labelled, outlines not read"], card.loc["unlabelled, as used"]
-    assert abs(labelled["median"] - used["median"]) < abs(labelled["median"] - card.loc["unlabelled, as stored", "median"])
+def test_the_pool_of_the_real_data_is_disjoint_from_the_test_slices(data_root):
+    real = {**BASE, "data": "covid-semiseg", "data_root": str(data_root), "n_train": None, "n_test": None, "images": "unlabelled"}
+    found = load_pretext_images({**real, "n_unlabelled": 20})
+    assert (found.labelled, len(found.tensor), found.source.kind) == (50, 70, "real") and found.stored is not None
+    pool = load_pool({**real, "n_unlabelled": 20})
+    assert pool.labels.shape == pool.images.shape and pool.ids == found.ids[50:]
 
 
-# the loop: exact resume, signals, lock
+# the loop drives a pretext: exact resume, signals, faults
 
 class StopsAt(Pretext):
     """Sends a signal to its own process before the batch number `at`."""
@@ -139,220 +130,289 @@ class StopsAt(Pretext):
 
 
 @pytest.mark.parametrize("at, number, code", [(1, signal.SIGTERM, 143), (4, signal.SIGINT, 130)])
-def test_a_signal_saves_in_the_middle_and_the_resumed_run_has_the_same_bits(tmp_path, expected, at, number, code):
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_signal_saves_in_the_middle_and_the_resumed_run_has_the_same_bits(tmp_path, expected, at, number, code, damage):
     game = new_game(kind=StopsAt)
     game.at, game.number = at, number
     with pytest.raises(TrainingInterrupted) as stopped:
         play(game, tmp_path)
-    assert stopped.value.code == code
     state = load_checkpoint(tmp_path / "last.pt")
-    assert 2 * state["epoch"] + state["batch"] == at  # two batches an epoch: the present one was finished
-    again = new_game()
-    play(again, tmp_path, resume="must")
-    assert bits(again) == expected
-
-
-def _play_until_killed(folder: Path, at: int) -> None:
-    with tiny_backbone():
-        game = new_game(kind=StopsAt)
-        game.at, game.number = at, signal.SIGKILL
-        play(game, folder)
-
-
-def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, expected):
-    child = multiprocessing.get_context("fork").Process(target=_play_until_killed, args=(tmp_path, 5))
-    child.start()
-    child.join(120)
-    assert child.exitcode == -signal.SIGKILL
-    game = new_game()
-    play(game, tmp_path)
-    assert bits(game) == expected
-
-
-def test_a_damaged_last_falls_back_to_prev_with_the_same_bits(tmp_path, expected):
-    game = new_game(kind=StopsAt)
-    game.at = 5
-    with pytest.raises(TrainingInterrupted):
-        play(game, tmp_path)
-    content = bytearray((tmp_path / "last.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "last.pt").write_bytes(content)
-    again = new_game()
-    with pytest.warns(UserWarning, match="prev.pt"):
-        play(again, tmp_path)
-    assert bits(again) == expected
-
-
-def test_resume_as_asked(tmp_path, expected):
-    game = new_game()
-    with pytest.raises(CheckpointError, match="nothing to resume"):
-        play(game, tmp_path, resume="must")
-    play(game, tmp_path)
-    finished = new_game()
-    finished.learn = None  # a finished run is read: nobody learns
-    play(finished, tmp_path, resume="must")
-    fresh = new_game()
-    play(fresh, tmp_path, resume=False)  # the checkpoint there is passed over
-    assert bits(game) == bits(finished) == bits(fresh) == expected
+    assert stopped.value.code == code and 2 * state["epoch"] + state["batch"] == at  # the present batch was finished
+    if damage and at > 2:
+        (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-9])
+        with pytest.warns(UserWarning, match="prev.pt"):
+            assert bits(play(new_game(), tmp_path)) == expected
+    else:
+        assert bits(play(new_game(), tmp_path, resume="must")) == expected
 
 
 @pytest.mark.parametrize("changed, line", [({"learning_rate": 0.5}, "learning_rate: 0.002 -> 0.5"), ({"n_train": 10}, "images: "),
                                            ({"seed": 1}, "setting seed: 0 -> 1"), ({"masks": "random"}, "setting masks: coach -> random")])
 def test_another_run_is_not_gone_on_with(tmp_path, changed, line):
-    game = new_game()
-    play(game, tmp_path)
-    settings = {**BASE, **changed}
-    other = start_game(settings, build_players(settings), training_images(settings["n_train"]))
+    play(new_game(), tmp_path)
+    other, settings = new_game({**BASE, **changed}), {**BASE, **changed}
     before = weights_hash(other.network)
     with pytest.raises(ConfigError, match=line):
-        pretrain(other, tmp_path, game_identity(settings, other))
+        run_to_end(other, tmp_path, game_identity(settings, other))
     assert weights_hash(other.network) == before
-
-
-def test_where_files_lie_and_how_often_they_are_written_is_no_matter():
-    game = new_game()
-    assert game_identity(BASE, game) == game_identity({**BASE, "save_every": 9, "output": "/elsewhere", "data_root": "/other"}, game)
-
-
-def test_one_process_at_a_time(tmp_path):
-    game = new_game()
-    with run_lock(tmp_path), pytest.raises(RunLockedError):
-        play(game, tmp_path)
+    same = {**BASE, "save_every": 9, "output": "/elsewhere", "data_root": "/other"}  # no matter where files lie
+    assert game_identity(same, other) == game_identity(BASE, other)
 
 
 def test_nan_stops_at_its_batch_names_the_slices_and_keeps_the_last_good_checkpoint(tmp_path):
     game = new_game()
     learn = game.learn
-
-    def spoilt(x, phase):
-        return learn(x * torch.nan if (game.epoch, game.batch) == (1, 1) else x, phase)
-
-    game.learn = spoilt
+    game.learn = lambda x, phase: learn(x * torch.nan if (game.epoch, game.batch) == (1, 1) else x, phase)
     with pytest.raises(NonFiniteError, match=r"epoch 1 \(coach\), batch 1, slices train-\d"):
         play(game, tmp_path)
     state = load_checkpoint(tmp_path / "last.pt")
     assert state["epoch"] == 1 and all(torch.isfinite(value).all() for value in state["network"].values())
 
 
-# the whole run
+# what a pretext hands over
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in ("history.csv", "metrics.csv", "transfer.csv", "run.json")}
-
-
-def test_two_runs_leave_equal_files_and_say_nothing_of_places(base, tmp_path):
-    pretext_run(base)
-    again = {**base, "output": str(tmp_path / "second"), "checkpoints": str(tmp_path / "other")}
-    pretext_run(again)
-    first, second = files(Path(base["output"])), files(Path(again["output"]))
-    assert first == second and str(tmp_path).encode() not in b"".join(first.values())
-    one, two = (load_checkpoint(Path(s["checkpoints"]) / "start.pt") for s in (base, again))
-    assert all(torch.equal(value, two["weights"][name]) for name, value in one["weights"].items())
-    record = json.loads(first["run.json"])
-    assert record["parameters"]["masks"] == "coach" and "output" not in record["parameters"]
-    assert record["data"]["n"] == 8 and len(record["data"]["sha256"]) == 64
-
-
-def target(settings) -> torch.nn.Module:
-    if settings["model"] == "multi":
-        return MultiClassUNet("small")
-    return build_network(settings["model"], settings["backbone"], "scratch")
-
-
+LAST = ["decoder.head", "attention_5.head", "attention_4.head", "attention_3.head", "edge_attention.head"]
 HANDED_OVER = {
-    "infnet": ({}, ["decoder.head", "attention_5.head", "attention_4.head", "attention_3.head", "edge_attention.head"]),
-    "as_published": ({"variant": "as_published"}, ["decoder.head", "attention_5.head", "attention_4.head", "attention_3.head",
-                                                   "edge_attention.head"]),
+    "infnet": ({}, LAST), "as_published": ({"heads": "as_published"}, LAST),
     "unet": ({"model": "unet", "backbone": "small", "masks": "random"}, ["head"]),
-    "segnet": ({"model": "segnet", "backbone": "small", "masks": "blocks", "block_side": 8}, ["head"]),
+    "segnet": ({"model": "segnet", "backbone": "small", "masks": "random"}, ["head"]),
     "rotation": ({"task": "rotation", "masks": "none", "augment": "none"},
                  ["rfb_3", "rfb_4", "rfb_5", "decoder", "edge_attention", "attention_5", "attention_4", "attention_3"]),
 }
 
 
 @pytest.mark.parametrize("name", HANDED_OVER)
-def test_the_start_file_holds_all_but_the_fresh_layers(base, name):
+def test_the_start_file_holds_all_but_the_fresh_layers(tmp_path, name):
     changed, fresh = HANDED_OVER[name]
-    settings = {**base, **changed, "warmup_epochs": 1, "rounds": 0}
-    pretext_run(settings)
-    state, network = load_checkpoint(Path(settings["checkpoints"]) / "start.pt"), target(settings)
-    assert state["kind"] == "pretext" and sorted(state["layers_fresh"]) == sorted(fresh)
+    settings = placed(BASE, tmp_path, warmup_epochs=2, rounds=0, **changed)
+    run = pretrain_network(settings, training_images(8))
+    assert (run.steps, run.coach_steps, run.draws) == (4, 0, 16)
+    state, (network, _) = load_checkpoint(tmp_path / "checkpoints" / "start.pt"), build_started(settings)
+    assert sorted(state["layers_fresh"]) == sorted(fresh)
     under = tuple(f"{layer}." for layer in fresh)
     assert set(state["weights"]) == {key for key in network.state_dict() if not key.startswith(under)}
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    report = runs.start_from(network, Path(settings["checkpoints"]) / "start.pt")
-    after = network.state_dict()
+    report, after = start_from(network, tmp_path / "checkpoints" / "start.pt"), network.state_dict()
     assert all(torch.equal(after[key], state["weights"][key]) for key in report.loaded)
     assert all(torch.equal(after[key], before[key]) for key in report.fresh)
-    learnt = [key for key, value in state["weights"].items() if key.endswith("conv.weight") and not torch.equal(value, before[key])]
-    assert learnt  # it is not the fresh network of that seed
-
-
-def test_the_multiclass_pretext_reads_the_priors_of_their_run(base, tmp_path):
-    root = tmp_path / "checkpoints" / "smoke"
-    settings = {**base, "model": "multi", "priors": "priors/infnet-seed0", "results": str(tmp_path / "results" / "smoke"), "warmup_epochs": 1,
-                "rounds": 0, "checkpoints": str(root / "pretext" / "multi_coach-seed0" / "0123456789ab")}
-    with pytest.raises(ConfigError, match="covidsev reproduce --profile smoke"):
-        load_pretext_images(settings)
-    record = Path(settings["results"]) / "priors" / "infnet-seed0" / "run.json"
-    record.parent.mkdir(parents=True)
-    record.write_text(json.dumps({"key": "abcdefabcdefabcdef"}))
-    splits = load_splits("phantom", size=64, n_train=8, val_slices=4)
-    folder = root / "priors" / "infnet-seed0" / "abcdefabcdef"
-    folder.mkdir(parents=True)
-    maps = {f"train/{name}": np.uint8(255 * (labels > 0)) for name, labels in zip(splits.train.ids, splits.train.labels)}
-    np.savez(folder / "priors.npz", **maps)
-    images = load_pretext_images(settings)
-    assert images.tensor.shape == (8, 2, 64, 64)
-    assert torch.equal(images.tensor[:, 1], torch.from_numpy(np.stack(list(maps.values()))))  # at its own size: as it was
-    pretext_run(settings)
-    assert load_checkpoint(Path(settings["checkpoints"]) / "start.pt")["layers_fresh"] == ["head"]
-    maps.pop("train/train-003")
-    np.savez(folder / "priors.npz", **maps)
-    with pytest.raises(ConfigError, match="train-003"):
-        load_pretext_images(settings)
-
-
-def test_who_plays():
-    assert type(build_players({**BASE, "model": "unet", "backbone": "small"}).pretext) is InpaintingNet
-    assert type(build_players({**BASE, "model": "multi"}).pretext) is InpaintingNet
-    rotation = build_players({**BASE, "task": "rotation", "masks": "none"})
-    assert type(rotation.pretext) is RotationNet and rotation.coach is None
-    assert build_players({**BASE, "coach_variational": True}).coach.code is not None
+    assert any(not torch.equal(after[key], before[key]) for key in report.loaded)  # it is not the fresh network of that seed
 
 
 @pytest.mark.parametrize("changed, message", [
     ({"model": "infnett"}, "did you mean 'infnet'"), ({"task": "rotations"}, "did you mean 'rotation'"),
-    ({"model": "unet", "backbone": "small", "variant": "as_published"}, "inpainting variant of unet"),
-    ({"model": "unet", "backbone": "small", "task": "rotation", "masks": "none"}, "rotation trains the backbone"),
+    ({"model": "unet", "backbone": "small", "heads": "as_published"}, "heads of unet"),
+    ({"model": "unet", "backbone": "small", "task": "rotation", "masks": "none"}, "model of the rotation pretext"),
     ({"model": "multi", "images": "unlabelled"}, "the pool has no priors"), ({"model": "multi"}, "priors"),
-    ({"images": "unlabeled"}, "did you mean 'unlabelled'"), ({"task": "rotation"}, "rotation erases nothing"), ({"masks": "none"}, "needs masks"),
-    ({"batch_size": 9}, "set batch_size to 8 or less"), ({"images_per_epoch": 9}, "set images_per_epoch to 8 or less"),
-    ({"size": 60}, "multiple"), ({"keep": 1.5}, "keep is out of range"), ({"device": "tpu"}, "device")])
-def test_settings_that_cannot_work_stop_before_the_first_step(base, changed, message):
+    ({"images": "unlabeled"}, "did you mean 'unlabelled'"), ({"masks": "none"}, "masks"),
+    ({"batch_size": 9}, "batch_size"), ({"size": 60}, "multiple"), ({"device": "tpu"}, "device")])
+def test_settings_that_cannot_work_stop_before_the_first_step(tmp_path, changed, message):
+    settings = placed(BASE, tmp_path, **changed)
     with pytest.raises((ConfigError, ValueError), match=message):
-        pretext_run({**base, **changed})
-    assert not list(Path(base["checkpoints"]).glob("*.pt")) and not Path(base["output"]).exists()
+        pretrain_network(settings, load_pretext_images(settings))
+    assert not list(tmp_path.rglob("*.pt"))
 
 
-# the verdict
-
-def test_the_claim_needs_every_turn_to_be_harder(base):
-    run = pretrain_network({**base, "warmup_epochs": 2, "rounds": 2}, training_images(8))
+def test_the_coach_is_measured_after_each_of_its_turns(tmp_path):
+    run = pretrain_network(placed(BASE, tmp_path, warmup_epochs=2, rounds=2), training_images(8))
     history = run.result.history
-    for last, verdict in ((1.4, "PASS"), (0.9, "FAIL")):
-        history["rec_random"], history["rec_coach"] = 1.0, [1.0, 1.05, 1.3, 1.2, last, 1.1]
-        metrics = pretext_runs.pretext_metrics(run)
-        assert harder_than_random(metrics).startswith(verdict)
-        value = metrics.set_index("metric")["value"]
-        assert value["ratio_untrained"] == 1.05 and value["ratio_after_turns_lowest"] == min(1.3, last) and value["ratio_last"] == 1.1
-    history["rec_coach"] = [1.0, 1.5, 1.3, 1.2, 1.4, 1.1]  # the untrained coach was harder still
-    assert harder_than_random(pretext_runs.pretext_metrics(run)).startswith("FAIL")
+    history["rec_random"], history["rec_coach"] = 1.0, [1.0, 1.05, 1.3, 1.2, 1.4, 1.1]
+    value = pretext_metrics(run).set_index("metric")["value"]
+    assert value["ratio_untrained"] == 1.05 and value["ratio_after_turns_lowest"] == 1.3 and value["ratio_last"] == 1.1
+    alone = pretrain_network(placed(BASE, tmp_path / "random", masks="random"), training_images(8))
+    metrics = pretext_metrics(alone)
+    assert metrics.value.notna().all() and not {"rec_coach", "ratio_last"} & set(metrics.metric)
 
 
-def test_without_a_coach_there_is_no_claim(base):
-    settings = {**base, "masks": "random"}
-    run = pretrain_network(settings, training_images(8))
-    metrics = pretext_runs.pretext_metrics(run)
-    assert harder_than_random(metrics) == "NOT TESTED: no coach in this run"
-    assert metrics.value.notna().all() and "rec_coach" not in set(metrics.metric)
+# priors
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return load_run_data(FIRST)
+
+
+def constant_run(splits: Splits, n_folds: int = 2) -> PriorRun:
+    """A first stage that knows nothing: the same map everywhere; right folds."""
+    maps = [[np.full(image.shape, 0.4, np.float32) for image in part.images] for part in (splits.train, splits.test)]
+    return PriorRun(splits, fold_assignments(splits.train.groups, n_folds), SplitPriors(*maps), {})
+
+
+@pytest.fixture()
+def file(splits, tmp_path) -> Path:
+    save_priors(tmp_path / "priors.npz", constant_run(splits))
+    return tmp_path / "priors.npz"
+
+
+def test_stopped_by_a_signal_in_the_second_fold_and_resumed(splits, tmp_path, monkeypatch):
+    """A checkpoint, an error that says so, and the same bits as a run that was never stopped; what is written is read."""
+    whole, steps, step = train_priors(placed(FIRST, tmp_path / "whole"), splits), [], training.train_step
+    here = placed(FIRST, tmp_path / "stopped")
+
+    def interrupted(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 4:  # each fold has one batch of four slices, two epochs: this is fold 1, epoch 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(training, "train_step", interrupted)
+    with pytest.raises(TrainingInterrupted):
+        train_priors(here, splits)
+    assert len(steps) == 4 and not (tmp_path / "stopped" / "checkpoints" / "all").exists()
+    resumed = train_priors(here, splits)
+    assert len(steps) == 4 + 4  # nothing is trained twice: only the two epochs of two batches of the last network
+    save_priors(tmp_path / "priors.npz", resumed)
+    for maps in (resumed.priors, read_priors(tmp_path / "priors.npz", splits)):
+        assert all(np.array_equal(a, b) for pair in zip(whole.priors, maps) for a, b in zip(*pair, strict=True))
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:200], lambda data: data[:-40],
+                                    lambda data: b"<html>not found</html>", lambda data: b"version https://git-lfs",
+                                    lambda data: data[:300] + bytes([data[300] ^ 1]) + data[301:]],
+                         ids=["empty", "head", "no tail", "html", "pointer", "one bit"])
+def test_a_damaged_file(splits, file, damage):
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_priors(file, splits)
+
+
+def test_a_file_of_something_else_or_one_that_would_run_code(splits, tmp_path):
+    canary, path = tmp_path / "canary", tmp_path / "priors.npz"
+    with pytest.raises(CheckpointError, match="FileNotFoundError"):
+        read_priors(path, splits)
+
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (canary,)
+
+    np.savez(path, **{"train/0": np.zeros((32, 32), np.uint8)})
+    traps = [path.read_bytes(), pickle.dumps(Trap())]
+    np.savez(path, about=np.array([Trap()], dtype=object))
+    canary.unlink(missing_ok=True)  # saving may not call it; reading must not
+    for content in [path.read_bytes(), *traps]:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            read_priors(path, splits)
+    assert not canary.exists()
+
+
+def changed(part, **fields):
+    other = part.subset(range(len(part)))
+    for name, value in fields.items():
+        setattr(other, name, value)
+    return other
+
+
+def test_priors_of_another_split_image_or_size(splits, file, tmp_path):
+    other = splits._replace(test=splits.train.subset([0, 1]), train=splits.train.subset(range(2, 8)))
+    with pytest.raises(LeakageError, match=f"no prior for test/{splits.train.ids[0]}"):
+        read_priors(file, other)
+    with pytest.raises(ConfigError, match="no prior for test/test-004"):
+        read_priors(file, load_run_data({**FIRST, "n_test": 6}))
+    test = changed(splits.test, images=[255 - splits.test.images[0], *splits.test.images[1:]])
+    with pytest.raises(ConfigError, match=f"test/{test.ids[0]} was made for another image"):
+        read_priors(file, splits._replace(test=test))
+    run = constant_run(splits)
+    save_priors(tmp_path / "half.npz", run._replace(priors=run.priors._replace(test=[one[::2, ::2] for one in run.priors.test])))
+    with pytest.raises(GeometryError, match=r"uint8 \(16, 16\)"):
+        read_priors(tmp_path / "half.npz", splits)
+
+
+def test_priors_from_a_network_that_saw_the_scan_or_the_truth(splits, file, tmp_path):
+    test = changed(splits.test, groups=[splits.test.groups[0], splits.train.groups[3], *splits.test.groups[2:]])
+    with pytest.raises(LeakageError, match=test.ids[1]):
+        read_priors(file, splits._replace(test=test))
+    run = constant_run(splits)
+    save_priors(tmp_path / "folds.npz", run._replace(folds=np.arange(8) % 2))  # slices of one scan in two folds
+    with pytest.raises(LeakageError, match="saw the slice or its scan"):
+        read_priors(tmp_path / "folds.npz", splits)
+    truth = [splits.train.infection(k).astype(np.float32) for k in range(8)]
+    save_priors(tmp_path / "truth.npz", run._replace(priors=run.priors._replace(train=truth)))
+    with pytest.raises(LeakageError, match="the priors are the ground truth"):
+        read_priors(tmp_path / "truth.npz", splits)
+
+
+def test_the_real_scans_that_are_known_to_be_shared(data_root, tmp_path):
+    real = load_run_data({**FIRST, "data": "covid-semiseg", "data_root": str(data_root), "n_train": None, "n_test": None})
+    save_priors(tmp_path / "priors.npz", constant_run(real, 5))
+    assert [len(each) for each in read_priors(tmp_path / "priors.npz", real)] == [50, 48]
+    assert {*real.train.groups} & {*real.test.groups} <= {*KNOWN_SHARED_GROUPS}
+    assert len(read_priors(tmp_path / "priors.npz", real._replace(train=real.train.subset(range(20)))).train) == 20
+
+
+def test_both_stages_read_the_priors_of_their_own_seed_and_check_them(splits, tmp_path, monkeypatch):
+    """The second stage and the multi-class pretext: one run of priors a seed, the image and the fold are checked."""
+    folder, asked = tmp_path / "priors", []
+    folder.mkdir()
+    save_priors(folder / "priors.npz", constant_run(splits))
+    monkeypatch.setattr(starts, "checkpoint_of", lambda settings, *names: asked.append(names) or folder / "priors.npz")
+    settings = placed(BASE, tmp_path, model="multi", size=32, priors="priors/infnet", seed=2, prior="ground_truth")
+    given = load_priors(settings, splits)
+    assert asked == [("priors/infnet-seed2", "priors.npz")]
+    assert all(np.array_equal(one, splits.train.infection(k)) for k, one in enumerate(given.train)) and given.test[0].max() < 0.5
+    images = load_pretext_images({**settings, "prior": "predicted"})
+    assert images.tensor.shape == (8, 2, 32, 32) and set(images.tensor[:, 1].unique().tolist()) == {102}
+    run = constant_run(splits)
+    save_priors(folder / "priors.npz", run._replace(folds=np.arange(8) % 2))
+    with pytest.raises(LeakageError, match="saw the slice or its scan"):
+        load_pretext_images({**settings, "prior": "predicted"})
+    with pytest.raises(ConfigError, match="no run is named"):
+        load_priors({**settings, "priors": ""}, splits)
+
+
+# pseudo labels
+
+def test_the_loop_stopped_and_resumed_gives_the_same_labels_and_start(tmp_path, monkeypatch):
+    splits, pool = load_run_data(SEMI), load_pool(SEMI)
+    whole = label_pool(placed(SEMI, tmp_path / "whole"), splits, pool)
+    steps, step = [], training.train_step
+
+    def interrupted(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 4:  # the teacher takes two steps; this is in the first round
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(training, "train_step", interrupted)
+    here = placed(SEMI, tmp_path / "stopped")
+    with pytest.raises(TrainingInterrupted):
+        label_pool(here, splits, pool)
+    again = label_pool(here, splits, pool)
+    assert torch.equal(again.labels, whole.labels) and again.rounds.steps == whole.rounds.steps
+    phase_1 = train_phase_one(here, pool, again.labels)
+    network, _ = build_started(here)
+    report = start_from(network, Path(here["checkpoints"]) / "start.pt")
+    assert report.fresh == () and weights_hash(network) == weights_hash(phase_1.model)
+
+
+def test_released_labels_are_taken_as_they_are_or_missed(tmp_path):
+    pool, released = load_pool(SEMI), SEMI | {"source": "released"}
+    assert torch.equal(label_pool(released, None, pool).labels, pool.labels)
+    with pytest.raises(DataMissingError, match="no pseudo labels were released"):
+        label_pool(released, None, pool._replace(labels=None))
+
+
+def test_a_pool_without_labels_serves_the_loop(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "TrainingSet/LungInfection-Train/Pseudo-label/Imgs"
+    folder.mkdir(parents=True)
+    for k, image in enumerate(load_pool(SEMI).images[:3, 0].numpy()):
+        Image.fromarray(np.kron(image, np.ones((2, 2), np.uint8))).save(folder / f"Data-1_coronacases_org_001_{k}.png")
+    bare = load_pool({**SEMI, "data": "covid-semiseg", "data_root": str(tmp_path), "n_unlabelled": None})
+    assert bare.labels is None and len(bare.ids) == 3
+
+
+def test_a_teacher_that_is_no_network_of_this_kind_is_refused(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "last.pt", {"weights": build_started(SEMI | {"model": "unet"})[0].state_dict()})
+    monkeypatch.setattr(starts, "checkpoint_of", lambda *names: tmp_path / "last.pt")
+    with pytest.raises(CheckpointError):
+        label_pool(placed(SEMI, tmp_path / "x", start="train_single/unet"), load_run_data(SEMI), load_pool(SEMI))
+    assert not (tmp_path / "x" / "checkpoints" / "rounds").exists()
+
+
+def test_a_record_of_a_start_says_how_many_slices(tmp_path, monkeypatch):
+    from covidsev.paper.runs import run_record
+    real = SEMI | {"data": "covid-semiseg", "n_train": None, "n_unlabelled": None}
+    with pytest.raises(ConfigError, match="n_pool"):
+        run_record(real, n_train=50, n_pool=12, steps=1, draws=1)
+    assert json.dumps(run_record(real, n_train=50, n_pool=1600, steps=1, draws=1))
+    assert load_splits("phantom", size=32, n_train=4).train.kind == "phantom"
