@@ -155,8 +155,8 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
     if value in choices:
         return value
     raise ConfigError(f"unknown {name} {value!r}",
-                      expected=f"one of {', '.join(map(str, choices))}", fix=suggest(value,
-                                                                                     choices))
+                      expected=f"one of {', '.join(map(str, choices))}",
+                      fix=suggest(value, choices))
 
 # %% ../nbs/00_core.ipynb #3c3a96bf
 def _is_repository(folder: Path) -> bool:
@@ -395,8 +395,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     file = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(temporary, "xb") if mode == "wb" else open(temporary, "x", encoding="utf-8",
-                                                               newline="")
+        text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
+        file = open(temporary, mode.replace("w", "x"), **text)
         yield file
         _write_then_rename(file, temporary, path)
     except OSError as error:

@@ -130,11 +130,10 @@ class ScanGroup(NamedTuple):
     test: tuple[str, ...]
 
 
-SCAN_GROUPS = {"A": ScanGroup(True, ("4", "5", "17", "46"), ("91", "93")), "B": ScanGroup(True,
-                                                                                          ("33",),
-                                                                                          ("97",)),
-               "C": ScanGroup(True, ("53",), ("21",)), "D": ScanGroup(True, ("10", "43"), ()), "E":
-               ScanGroup(False, ("40",), ("65",)), "F": ScanGroup(False, ("35", "67"), ())}
+SCAN_GROUPS = {"A": ScanGroup(True, ("4", "5", "17", "46"), ("91", "93")),
+               "B": ScanGroup(True, ("33",), ("97",)), "C": ScanGroup(True, ("53",), ("21",)),
+               "D": ScanGroup(True, ("10", "43"), ()), "E": ScanGroup(False, ("40",), ("65",)),
+               "F": ScanGroup(False, ("35", "67"), ())}
 _GROUP_OF = {slice_id: name for name, group in SCAN_GROUPS.items() for slice_id in group.train +
              group.test}
 
@@ -173,8 +172,8 @@ def split_parts(folder: Path, split: str) -> dict[str, Path]:
     """The parts "binary" (for training: its Doctor-label) and "multi" of a split, those that are
     there."""
     parent, binary, multi = PARTS[split]
-    found = {"binary": part_folder(folder, parent, binary), "multi": part_folder(folder, parent,
-                                                                                 multi)}
+    found = {"binary": part_folder(folder, parent, binary),
+             "multi": part_folder(folder, parent, multi)}
     if found["binary"] is not None and (found["binary"] / "Doctor-label").is_dir():
         found["binary"] = found["binary"] / "Doctor-label"
     return {name: path for name, path in found.items() if path is not None}
@@ -241,8 +240,8 @@ def read_note(folder: Path) -> dict[str, Any]:
     return {}
 
 # %% ../../nbs/1_data/03_datasets.ipynb #1c0b8182
-def read_split(root: str | Path | None, split: str) -> tuple[dict[str, Slice], list[CovidSevError],
-                                                             bool]:
+def read_split(root: str | Path | None,
+               split: str) -> tuple[dict[str, Slice], list[CovidSevError], bool]:
     """Stem -> (image, labels) of a split, all errors, and whether only binary masks are there.
 
     `DataMissingError` if the data is not there, or not this split."""
@@ -314,10 +313,9 @@ def write_covid_semiseg(folder: str | Path, **splits: SliceSet) -> Path:
         parent, binary, multi = PARTS[check_choice("split", split, PARTS)]
         binary = f"{binary}/Doctor-label" if split == "train" else binary
         for slice_id, image, labels in zip(slices.ids, slices.images, slices.labels, strict=True):
-            pictures = {f"{binary}/Imgs": Image.fromarray(image), f"{multi}/Imgs":
-                        Image.fromarray(image), f"{binary}/GT": Image.fromarray(np.uint8(255) *
-                                                                                (labels > 0)),
-                        f"{multi}/GT": palette_picture(labels)}
+            infected = Image.fromarray(np.uint8(255) * (labels > 0))
+            pictures = {f"{binary}/Imgs": Image.fromarray(image), f"{binary}/GT": infected,
+                        f"{multi}/Imgs": Image.fromarray(image), f"{multi}/GT": palette_picture(labels)}
             for place, picture in pictures.items():
                 _write_png(Path(folder) / parent / place / f"{slice_id}.png", picture)
     return Path(folder)
@@ -332,9 +330,9 @@ def load_phantom(split: str, n: int, size: int, seed: int = 0) -> SliceSet:
     stream = 3 * int(seed) + _PHANTOM_STREAMS[check_choice("split", split, _PHANTOM_STREAMS)]
     patients = phantom_patients((n + 1) // 2, stream, size, slices_per_patient=2)[:n]
     ids = [f"{split}-{index:03d}" for index in range(n)]
-    return SliceSet(f"phantom/{split}", "phantom", ids, [to_uint8(phantom.hu) for _, phantom in
-                                                         patients], [phantom.labels for _, phantom
-                                                                     in patients],
+    return SliceSet(f"phantom/{split}", "phantom", ids,
+                    [to_uint8(phantom.hu) for _, phantom in patients],
+                    [phantom.labels for _, phantom in patients],
                     [f"phantom:{split}:{patient}" for patient, _ in patients])
 
 # %% ../../nbs/1_data/03_datasets.ipynb #3887ba76
@@ -589,8 +587,8 @@ def scan_rule(images: Sequence[np.ndarray]) -> ScanRule:
     mirrored = np.mean([spine_at_left(image) for image in images]) > SURE_VOTE
     if np.mean([image.mean() for image in images]) >= DARK_MEAN:
         return ScanRule(bool(mirrored), None)
-    return ScanRule(bool(mirrored), grey_peaks(sum(np.bincount(i.ravel(), minlength=256) for i in
-                                                   images)))
+    return ScanRule(bool(mirrored),
+                    grey_peaks(sum(np.bincount(i.ravel(), minlength=256) for i in images)))
 
 
 def harmonise(picture: np.ndarray, rule: ScanRule) -> np.ndarray:

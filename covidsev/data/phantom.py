@@ -72,11 +72,8 @@ def draw_anatomy(seed: int) -> Anatomy:
              u(225, 285), "wall": u(18, 38), "ribs": u(0, 0.09)}
     shape = {"roundness": u(2.1, 2.7), "lean": (u(-4, 4), u(-4, 4), u(0, 2 * np.pi)), "dome":
              (u(0.16, 0.26), u(0.12, 0.22)), "muscle": u(9, 18)}
-    inside = {
-        "heart": u(0.88, 1.12),
-        "heart_turn": u(0.35, 0.75),
-        "fissure": (u(0.85, 0.95), u(0.6, 0.8), u(0.41, 0.49)),
-    }
+    inside = {"heart": u(0.88, 1.12), "heart_turn": u(0.35, 0.75),
+              "fissure": (u(0.85, 0.95), u(0.6, 0.8), u(0.41, 0.49))}
     density = {"parenchyma_hu": u(-885, -825), "gravity_hu": u(40, 120)}
     trouble = {"atelectasis": max(0.0, u(-0.7, 1.0)), "emphysema": max(0.0, u(-2.0, 1.0)), "motion":
                max(0.0, u(-0.6, 1.0))}
@@ -187,8 +184,8 @@ def _outside_heart(anatomy: Anatomy, x, y, t) -> np.ndarray:
     half_x, half_y = 57 * swell + 1e-3, 40 * swell + 1e-3
     cosine, sine = np.cos(anatomy.heart_turn), np.sin(anatomy.heart_turn)
     right, back = x - 19, y + 0.30 * anatomy.half_depth
-    radius = np.sqrt(((cosine * right + sine * back) / half_x) ** 2 + ((cosine * back - sine *
-                                                                        right) / half_y) ** 2)
+    radius = np.sqrt(((cosine * right + sine * back) / half_x) ** 2 +
+                     ((cosine * back - sine * right) / half_y) ** 2)
     return (radius - 1) * half_y
 
 
@@ -223,8 +220,8 @@ def lung_depth(anatomy: Anatomy, x, y, t, cage: np.ndarray | None = None) -> np.
     return _smooth_minimum(inside, np.abs(x) - 2.0, 4)  # a gap in the middle: the lungs never fuse
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-024
-def lobe_map(anatomy: Anatomy, lungs: np.ndarray, x, y, t, wave: np.ndarray) -> tuple[np.ndarray,
-                                                                                      np.ndarray]:
+def lobe_map(anatomy: Anatomy, lungs: np.ndarray, x, y, t,
+             wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint8 lobes 0..5 of a `lungs` map, and the distance in mm to the nearest fissure (same
     shape).
 
@@ -270,15 +267,13 @@ def bisect_tree(points: np.ndarray, roots: np.ndarray, root_radii: np.ndarray, r
     for _ in range(int(np.log2(points.shape[1])) + 1):
         way = groups.mean(1) - tips
         last = groups.shape[1] == 1
-        bend = 0 if last else rng.normal(0, 0.06, way.shape) * np.linalg.norm(way, axis=1,
-                                                                              keepdims=True)
+        length = np.linalg.norm(way, axis=1, keepdims=True)
+        bend = 0 if last else rng.normal(0, 0.06, way.shape) * length
         ends = tips + (1.0 if last else 0.45) * way + bend
         segments.append(Tree(tips, ends, radii))
         if not last:
-            groups, tips, radii = (_halve(groups, rng), np.repeat(ends, 2, 0), np.repeat(radii * 0.5
-                                                                                         ** (1 /
-                                                                                             2.6),
-                                                                                         2))
+            groups, tips, radii = (_halve(groups, rng), np.repeat(ends, 2, 0),
+                                   np.repeat(radii * 0.5 ** (1 / 2.6), 2))
     return _join(*segments)
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-029
@@ -346,10 +341,10 @@ def _paint_layer(cover: np.ndarray, points: np.ndarray, radii: np.ndarray, layer
     )
     span = np.arange(-(half := int(np.ceil(radius.max() + 0.5))), half + 1)
     rows, columns = np.rint(row).astype(int) + span[:, None], np.rint(column).astype(int) + span
-    part = np.clip(radius - np.hypot(rows - row, columns - column) + 0.5, 0, 1) * np.minimum(1, 2 *
-                                                                                             radius)
-    inside = (part > 0) & (rows >= 0) & (rows < cover.shape[1]) & (columns >= 0) & (columns <
-                                                                                    cover.shape[2])
+    part = np.clip(radius - np.hypot(rows - row, columns - column) + 0.5, 0, 1)
+    part *= np.minimum(1, 2 * radius)
+    inside = (part > 0) & (rows >= 0) & (rows < cover.shape[1])
+    inside &= (columns >= 0) & (columns < cover.shape[2])
     flat = (layer[:, None, None] * cover.shape[1] + rows) * cover.shape[2] + columns
     np.maximum.at(cover.reshape(-1), flat[inside], part[inside])
 
@@ -392,8 +387,8 @@ def _body_depth(anatomy: Anatomy, x, y, t) -> np.ndarray:
 def _chest_wall(anatomy: Anatomy, grid: Grid, cage: np.ndarray, body: np.ndarray, rng:
                 np.random.Generator) -> np.ndarray:
     """HU of air, skin, fat and muscle."""
-    hu = _blend(np.full(grid.shape, -1000.0), -105 + 8 * smooth_noise(rng, grid, 9), _part(body,
-                                                                                           grid))
+    hu = _blend(np.full(grid.shape, -1000.0), -105 + 8 * smooth_noise(rng, grid, 9),
+                _part(body, grid))
     shoulder = 30 * np.maximum(0, 0.35 - grid.t) + 8 * np.exp(-(((np.abs(grid.x) - 60) / 45) ** 2))
     thickness = anatomy.muscle * (1 + 0.35 * smooth_noise(rng, grid, 40)) + shoulder
     streaks = np.clip(0.9 + 0.5 * smooth_noise(rng, grid, 12), 0, 1)
@@ -423,9 +418,8 @@ def _vertebra(anatomy: Anatomy, x, y, t) -> list[tuple[np.ndarray, np.ndarray | 
     spinous = np.minimum(3.5 - np.abs(x), np.minimum(back - 20, 52 - back))
     canal = np.hypot(x, back - 22)
     return [(np.where(phase > -0.2, transverse, -9), 360.0), (13 - canal, 380.0), (spinous, 330.0),
-            (8 - canal, 30.0), (body, np.where(bone, 430.0, 110.0)), (body - 2.2, np.where(bone,
-                                                                                           190.0,
-                                                                                           95.0))]
+            (8 - canal, 30.0), (body, np.where(bone, 430.0, 110.0)),
+            (body - 2.2, np.where(bone, 190.0, 95.0))]
 
 
 def _bones(anatomy: Anatomy, grid: Grid, hu: np.ndarray, cage: np.ndarray) -> np.ndarray:
@@ -453,15 +447,11 @@ def _tube(anatomy: Anatomy, path: list[tuple[float, float, float]], radius: floa
 def _great_vessels(anatomy: Anatomy) -> Tree:
     """Aorta, upper caval vein, pulmonary arteries, and the gullet, which has the same density."""
     s = _spine_y(anatomy)
-    aorta = [(2, -22, 0.58), (-6, -20, 0.36), (4, -12, 0.28), (20, s - 20, 0.30), (24, s - 14,
-                                                                                   0.36), (18, s -
-                                                                                           16, 1.1)]
+    aorta = [(2, -22, 0.58), (-6, -20, 0.36), (4, -12, 0.28), (20, s - 20, 0.30),
+             (24, s - 14, 0.36), (18, s - 16, 1.1)]
     right = [(16, -34, 0.5), (14, -18, 0.43), (-8, -6, 0.44), (-34, 4, 0.45)]
-    paths = [(aorta, 12.0), ([(-25, -14, 0.12), (-26, -14, 0.55)], 8.0), (right, 9.0), ([(14, -18,
-                                                                                          0.43),
-                                                                                         (37, 6,
-                                                                                          0.41)],
-                                                                                        9.0)]
+    paths = [(aorta, 12.0), ([(-25, -14, 0.12), (-26, -14, 0.55)], 8.0), (right, 9.0),
+             ([(14, -18, 0.43), (37, 6, 0.41)], 9.0)]
     gullet = ([(7, s - 30, -0.1), (9, s - 28, 1.1)], 6.0)
     return _join(*(_tube(anatomy, path, radius) for path, radius in [*paths, gullet]))
 
@@ -469,11 +459,8 @@ def _great_vessels(anatomy: Anatomy) -> Tree:
 def _central_airways(anatomy: Anatomy) -> Tree:
     """Trachea and the two main bronchi."""
     trachea = _tube(anatomy, [(0, -4, -0.2), (0, 6, 0.35)], 8.5)
-    return _join(
-        trachea,
-        _tube(anatomy, [(0, 6, 0.35), (-34, 6, 0.44)], 6.0),
-        _tube(anatomy, [(0, 6, 0.35), (36, 8, 0.42)], 5.5),
-    )
+    return _join(trachea, _tube(anatomy, [(0, 6, 0.35), (-34, 6, 0.44)], 6.0),
+                 _tube(anatomy, [(0, 6, 0.35), (36, 8, 0.42)], 5.5))
 
 
 def _organs(anatomy: Anatomy, grid: Grid, hu: np.ndarray, cage: np.ndarray, rng:
@@ -483,8 +470,8 @@ def _organs(anatomy: Anatomy, grid: Grid, hu: np.ndarray, cage: np.ndarray, rng:
     inside = _part(cage + 2, grid)
     hu = _blend(hu, -85 + 14 * smooth_noise(rng, grid, 8), inside)
     hu = _blend(hu, 25.0, inside * np.clip(smooth_noise(rng, grid, 14) - 0.5, 0, 0.7))
-    hu = _blend(hu, 42 + 6 * smooth_noise(rng, grid, 10), _part(-_outside_heart(anatomy, *where) -
-                                                                3, grid))
+    hu = _blend(hu, 42 + 6 * smooth_noise(rng, grid, 10),
+                _part(-_outside_heart(anatomy, *where) - 3, grid))
     hu = _blend(hu, 44.0, _paint_tree(_great_vessels(anatomy), grid))
     below = np.minimum(-_above_diaphragm(anatomy, *where) - 1, cage - 1)
     below = np.minimum(below, _outside_mediastinum(anatomy, *where))
@@ -508,9 +495,8 @@ def _lung_tissue(anatomy: Anatomy, grid: Grid, cage: np.ndarray, fissure_mm: np.
     hu = hu + 60 * np.exp(-((fissure_mm / 1.6) ** 2))
     low = np.clip((grid.y - 0.25 * anatomy.half_depth) / (0.5 * anatomy.half_depth), 0, 1)
     near = np.exp(-np.maximum(cage, 0) / (3 + 4 * anatomy.atelectasis))
-    return hu + 420 * anatomy.atelectasis * low * near * np.clip(0.7 + 0.5 * smooth_noise(rng, grid,
-                                                                                          18), 0,
-                                                                 1.4)
+    patches = np.clip(0.7 + 0.5 * smooth_noise(rng, grid, 18), 0, 1.4)
+    return hu + 420 * anatomy.atelectasis * low * near * patches
 
 # %% ../../nbs/1_data/01_phantom.ipynb #cell-043
 class Request(NamedTuple):
@@ -569,15 +555,14 @@ def _foci(anatomy: Anatomy, grid: Grid, depth: np.ndarray, cage: np.ndarray, n: 
     points = np.stack((grid.x.ravel()[column], grid.y.ravel()[row], grid.z.ravel()[layer]), 1)
     gravity = np.exp(points[:, 1] / (0.8 * anatomy.half_depth) + 0.6 * points[:, 2] /
                      anatomy.height)
-    place = np.exp(-np.maximum(cage.flat[flat], 0) / 5) if subpleural else (depth.flat[flat] >
-                                                                            12) + 1e-3
+    at_wall = np.exp(-np.maximum(cage.flat[flat], 0) / 5)
+    place = at_wall if subpleural else (depth.flat[flat] > 12) + 1e-3
     weight = gravity * place
     return points[rng.choice(len(flat), n, p=weight / weight.sum())]
 
 
-def _lesion_field(anatomy: Anatomy, grid: Grid, depth, cage, subpleural: bool, radius: tuple[float,
-                                                                                             float],
-                  rng) -> np.ndarray:
+def _lesion_field(anatomy: Anatomy, grid: Grid, depth, cage, subpleural: bool,
+                  radius: tuple[float, float], rng) -> np.ndarray:
     """Bumps of `radius` (smallest, largest) mm around random foci, roughened by noise of two sizes;
     higher is more diseased."""
     n = int(rng.integers(3, 7)) + (6 if grid.t.size > 1 else 0)
@@ -603,9 +588,8 @@ def _consolidation(anatomy: Anatomy, grid: Grid, depth, cage, request: Request,
     lungs, deep = depth > 0, depth > 7
     total = round(request.consolidation_fraction * int(lungs.sum()))
     inner = min(round((1 - request.subpleural) * total), int(deep.sum()))
-    hug = _lesion_field(anatomy, grid, depth, cage, True, (10, 34), rng) + 1.2 * np.maximum(
-        1 - np.maximum(cage, 0) / 14, -1
-    )
+    hug = _lesion_field(anatomy, grid, depth, cage, True, (10, 34), rng)
+    hug = hug + 1.2 * np.maximum(1 - np.maximum(cage, 0) / 14, -1)
     core = np.where(deep, _lesion_field(anatomy, grid, depth, cage, False, (9, 26), rng), -9.0)
     outer_mask, outer_cut = take_top(hug, lungs, total - inner)
     inner_mask, inner_cut = take_top(core, deep & ~outer_mask, inner)
@@ -645,8 +629,8 @@ def _lung_tubes(anatomy: Anatomy, grid: Grid, seed: int) -> Tubes:
 def _diseased_tissue(grid: Grid, tissue: np.ndarray, disease: Disease, tubes: Tubes, rng:
                      np.random.Generator) -> np.ndarray:
     """Ground glass, vessels over it, consolidation over both, airways through everything; HU."""
-    haze = rng.uniform(-600, -400) + 45 * smooth_noise(rng, grid, 5) + 30 * smooth_noise(rng, grid,
-                                                                                         12)
+    haze = rng.uniform(-600, -400) + 45 * smooth_noise(rng, grid, 5)
+    haze = haze + 30 * smooth_noise(rng, grid, 12)
     solid = rng.uniform(20, 55) + 14 * smooth_noise(rng, grid, 6)
     hu = _blend(tissue, np.maximum(haze, tissue), disease.ggo_weight)
     hu = _blend(hu, 35.0, tubes.vessels)
@@ -658,8 +642,8 @@ def _diseased_tissue(grid: Grid, tissue: np.ndarray, disease: Disease, tubes: Tu
 def _scan(anatomy: Anatomy, grid: Grid, hu: np.ndarray, request: Request, rng:
           np.random.Generator) -> np.ndarray:
     """Heart motion, point spread, correlated noise and rounding: float32 whole HU >= -1024."""
-    near_heart = anatomy.motion * np.exp(-np.maximum(_outside_heart(anatomy, grid.x, grid.y,
-                                                                    grid.t), 0) / 14)
+    away = np.maximum(_outside_heart(anatomy, grid.x, grid.y, grid.t), 0)
+    near_heart = anatomy.motion * np.exp(-away / 14)
     hu = _blend(hu, uniform_filter1d(hu, 1 + 2 * round(5 / grid.pixel_mm), axis=2), near_heart)
     hu = gaussian_filter(hu, (0, request.blur_px, request.blur_px))
     noise = gaussian_filter(rng.standard_normal(grid.shape), (0, 0.6, 0.6))
@@ -670,9 +654,8 @@ def _scan(anatomy: Anatomy, grid: Grid, hu: np.ndarray, request: Request, rng:
 def _render(seed: int, anatomy: Anatomy, grid: Grid, request: Request, stream: int) -> Phantom:
     """Build and scan one patient on one grid; `stream` separates the random textures of several
     slices of a patient."""
-    texture, illness, scanner = (np.random.default_rng([seed, purpose, stream]) for purpose in (3,
-                                                                                                4,
-                                                                                                5))
+    texture, illness, scanner = (np.random.default_rng([seed, purpose, stream]) for purpose in
+                                 (3, 4, 5))
     where = anatomy, grid.x, grid.y, grid.t
     cage, body = _cage(*where), _body_depth(*where)
     depth = lung_depth(*where, cage)
@@ -726,8 +709,8 @@ def phantom_slice(seed: int = 0, size: int = 192, *, ggo_fraction: float = 0.15,
     anatomy = draw_anatomy(seed)
     grid = make_grid(anatomy, (1, size, size), [level], slice_mm=5.0)
     whole = _render(seed, anatomy, grid, request, stream=round(1000 * level) % 2**32)
-    return replace(whole, spacing_mm=whole.spacing_mm[1:], **{name: getattr(whole, name)[0] for name
-                                                              in _MAPS})
+    return replace(whole, spacing_mm=whole.spacing_mm[1:],
+                   **{name: getattr(whole, name)[0] for name in _MAPS})
 
 
 def demo_slice() -> Phantom:

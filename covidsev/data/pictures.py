@@ -58,8 +58,8 @@ def read_bytes(path: str | Path, most: int = MAX_FILE_BYTES) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         if isinstance(error, CovidSevError):
             raise
-        raise ReadError("the file cannot be read", file=path, found=getattr(error, "strerror",
-                                                                            error)) from error
+        raise ReadError("the file cannot be read", file=path,
+                        found=getattr(error, "strerror", error)) from error
 
 
 def _read_header(data: bytes, path: str | Path) -> Image.Image:
@@ -277,8 +277,8 @@ def palette_picture(labels: np.ndarray) -> Image.Image:
     """Labels uint8 (H, W) as a palette picture with the published colours; the inverse of
     `read_labels`."""
     height, width = labels.shape
-    picture = Image.frombytes("P", (width, height), np.ascontiguousarray(labels,
-                                                                         np.uint8).tobytes())
+    picture = Image.frombytes("P", (width, height),
+                              np.ascontiguousarray(labels, np.uint8).tobytes())
     picture.putpalette([channel for colour in COLOURS for channel in colour])
     return picture
 
@@ -287,8 +287,8 @@ def read_map(path: str | Path) -> np.ndarray:
     """A map of probabilities in a picture file: float64 (H, W), the stored value / 255 (1-bit: 0 or
     1)."""
     picture = _open_8bit(path)
-    return np.asarray(picture).astype(np.float64) if picture.mode == "1" else _as_grey(picture,
-                                                                                       path) / 255.0
+    is_bit = picture.mode == "1"
+    return np.asarray(picture).astype(float) if is_bit else _as_grey(picture, path) / 255.0
 
 # %% ../../nbs/1_data/02_pictures.ipynb #eeb5d399
 def natural_key(text: str) -> list:
@@ -302,10 +302,8 @@ def check_folder(path: str | Path) -> Path:
         os.listdir(path)
     # missing, a file, not allowed, a loop of links, a null byte
     except (OSError, ValueError) as error:
-        raise ConfigError("not a folder that can be read", file=path, found=getattr(error,
-                                                                                    "strerror",
-                                                                                    error),
-                          fix="check the path") from error
+        raise ConfigError("not a folder that can be read", file=path,
+                          found=getattr(error, "strerror", error), fix="check the path") from error
     return Path(path)
 
 
@@ -347,8 +345,8 @@ def unmatched(images: Collection[str], masks: Collection[str]) -> list[str]:
 Pair = tuple[str, Path, Path]  # stem, image file, mask file
 
 
-def match_stems(images_dir: str | Path, masks_dir: str | Path) -> tuple[list[Pair],
-                                                                        list[MaskError]]:
+def match_stems(images_dir: str | Path,
+                masks_dir: str | Path) -> tuple[list[Pair], list[MaskError]]:
     """The pairs of two folders, and, in a list, the error that names all that is wrong."""
     images, faults = by_stem(images_dir)
     masks, more = by_stem(masks_dir)
@@ -391,5 +389,5 @@ def resize_labels(labels: np.ndarray, size: int | tuple[int, int]) -> np.ndarray
 def for_display(picture: np.ndarray, kind: str) -> np.ndarray:
     """A slice with anterior up: real slices (H, W) are transposed to (W, H), phantoms are left
     alone."""
-    return picture.T if check_choice("kind of data", kind, ["real",
-                                                            "phantom"]) == "real" else picture
+    check_choice("kind of data", kind, ["real", "phantom"])
+    return picture.T if kind == "real" else picture

@@ -201,9 +201,9 @@ def load_pictures(paths: Sequence[Path], source: str) -> Loaded:
 
 # %% ../../nbs/1_data/05_scans.ipynb #ef5e99cd
 def _nifti_files(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.iterdir() if path.name.lower().endswith((".nii",
-                                                                                    ".nii.gz")) and
-                   not path.name.startswith(".")), key=lambda path: natural_key(path.name))
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")
+             and path.name.lower().endswith((".nii", ".nii.gz"))]
+    return sorted(paths, key=lambda path: natural_key(path.name))
 
 
 def _load_folder(folder: Path, volume: int | None, hu_offset: float | None, assume: str |
@@ -237,8 +237,8 @@ def _load(path: Path, volume: int | None, hu_offset: float | None, assume: str |
     kind = sniff(path)
     if kind == "nifti":
         return load_nifti(path, assume, volume)
-    return load_dicom(path, volume, hu_offset) if kind == "dicom" else load_pictures([path],
-                                                                                     path.name)
+    return load_dicom(path, volume,
+                      hu_offset) if kind == "dicom" else load_pictures([path], path.name)
 
 
 def _check_plane(shape: Sequence[int], path: Path) -> None:
@@ -259,12 +259,12 @@ def _as_scan(loaded: Loaded, unit: str, window: tuple[float, float] | None, note
     """The parts of a `Scan`, a single slice as a picture."""
     values, grid = loaded.values, loaded.grid
     affine = None if grid is None else grid.canonical_affine
-    spacing = None if grid is None else tuple(float(mm) for mm in np.linalg.norm(affine[:3, :3],
-                                                                                 axis=0))
+    spacing = None if grid is None else tuple(float(mm) for mm in
+                                              np.linalg.norm(affine[:3, :3], axis=0))
     kind = "slice" if values.shape[2] == 1 else "volume" if grid is not None else "stack"
     if kind == "slice":
-        values, spacing = np.ascontiguousarray(turn_picture(values[:, :,
-                                                                   0])), spacing and spacing[1::-1]
+        values = np.ascontiguousarray(turn_picture(values[:, :, 0]))
+        spacing = spacing and spacing[1::-1]
     orientation = "displayed" if grid is None else grid.orientation
     return Scan(values, kind, unit, loaded.source, loaded.sha256, affine, spacing, window,
                 orientation, notes, loaded.names, grid)
@@ -394,9 +394,8 @@ def _refuse_shape(own: Sequence[int], expected: Sequence[int], path: str | Path)
 
 def _check_same_grid(own: Grid, scan: Scan, path: str | Path) -> None:
     """`GeometryError` where a mask does not lie on the grid of its scan."""
-    _refuse_shape(*(grid.canonical(np.broadcast_to(0, grid.shape)).shape for grid in (own,
-                                                                                      scan.grid)),
-                  path)
+    _refuse_shape(*(grid.canonical(np.broadcast_to(0, grid.shape)).shape for grid in
+                    (own, scan.grid)), path)
     difference = np.abs(own.canonical_affine - scan.affine)
     if difference[:3, :3].max() > 1e-3 or difference[:3, 3].max() > 1e-2:
         raise GeometryError(
@@ -412,8 +411,8 @@ def _scaled_voxels(header: Header, path: str | Path) -> np.ndarray:
     return raw if (header.slope, header.inter) == (1.0, 0.0) else raw * header.slope + header.inter
 
 
-def read_mask_alone(path: str | Path, labels: Collection[int] = (1, 2)) -> tuple[np.ndarray,
-                                                                                 tuple[float, ...]]:
+def read_mask_alone(path: str | Path,
+                    labels: Collection[int] = (1, 2)) -> tuple[np.ndarray, tuple[float, ...]]:
     """A NIfTI mask whose scan is not at hand: labels uint8 (X, Y, Z) in RAS+ order, and the voxel
     sizes in mm.
 
@@ -422,12 +421,12 @@ def read_mask_alone(path: str | Path, labels: Collection[int] = (1, 2)) -> tuple
     grid, _ = nifti_grid(header, path)
     labelled, _ = Rules(tuple(labels), {value: value for value in (0, *labels)}).decode(
         _scaled_voxels(header, path), path)
-    return grid.canonical(labelled), tuple(np.linalg.norm(grid.canonical_affine[:3, :3],
-                                                          axis=0).tolist())
+    spacing = np.linalg.norm(grid.canonical_affine[:3, :3], axis=0)
+    return grid.canonical(labelled), tuple(spacing.tolist())
 
 
-def _nifti_mask(path: Path, scan: Scan, rules: Rules, ignore_affine: bool) -> tuple[np.ndarray,
-                                                                                    list[str]]:
+def _nifti_mask(path: Path, scan: Scan, rules: Rules,
+                ignore_affine: bool) -> tuple[np.ndarray, list[str]]:
     """The labels of a NIfTI mask in the canonical order of `scan`, and notes."""
     if scan.grid is None:
         raise GeometryError("a NIfTI mask does not say how it lies on a picture", file=path,
@@ -466,8 +465,8 @@ def _stack_mask(path: Path, scan: Scan, rules: Rules) -> tuple[np.ndarray, list[
     return labelled, notes
 
 
-def _any_mask(path: Path, scan: Scan, rules: Rules, ignore_affine: bool) -> tuple[np.ndarray,
-                                                                                  list[str]]:
+def _any_mask(path: Path, scan: Scan, rules: Rules,
+              ignore_affine: bool) -> tuple[np.ndarray, list[str]]:
     """The labels of a mask of any kind, and notes."""
     if path.is_dir():
         if scan.kind != "stack":
@@ -517,8 +516,8 @@ def label_palette() -> list[int]:
 def _write_picture(path: Path, labels: np.ndarray) -> None:
     """A palette PNG whose indices are the labels."""
     height, width = labels.shape
-    picture = Image.frombytes("P", (width, height), np.ascontiguousarray(labels,
-                                                                         np.uint8).tobytes())
+    picture = Image.frombytes("P", (width, height),
+                              np.ascontiguousarray(labels, np.uint8).tobytes())
     picture.putpalette(label_palette())
     with atomic_write(path) as file:
         picture.save(file, format="PNG")

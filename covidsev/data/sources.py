@@ -92,8 +92,8 @@ def describe(card: Card) -> str:
     get = f"automatic, `covidsev data get {card.name}`" if card.files else f"by hand: {card.why}"
     lines = {"what": card.what, "size": card.size, "source": card.page, "get": get, "licence":
              card.licence, "cite": card.citation}
-    return "\n".join([f"{card.title}  [{card.name}]", *(f"  {f'{name}:':<9} {line}" for name, line
-                                                        in lines.items()), "  layout:",
+    return "\n".join([f"{card.title}  [{card.name}]",
+                      *(f"  {f'{name}:':<9} {line}" for name, line in lines.items()), "  layout:",
                       *(f"    {line}" for line in card.layout.splitlines())])
 
 
@@ -162,8 +162,8 @@ def _open_archive(path: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
     try:
         start = _start(path)
         packed = "r:gz" if start[:2] == b"\x1f\x8b" else "r:"
-        with (zipfile.ZipFile(path) if start[:2] == b"PK" else tarfile.open(path,
-                                                                            packed)) as archive:
+        with (zipfile.ZipFile(path) if start[:2] == b"PK" else
+              tarfile.open(path, packed)) as archive:
             yield archive
     except _DAMAGE as error:
         raise ArchiveError("not a whole zip or tar archive", file=path,
@@ -445,8 +445,8 @@ def _check_header(header: Sequence[str], need: Sequence[str], path: str | Path) 
                           expected=", ".join(missing))
 
 
-def _record(header: Sequence[str], fields: Sequence[str], row: int, path: str | Path) -> dict[str,
-                                                                                              str]:
+def _record(header: Sequence[str], fields: Sequence[str], row: int,
+            path: str | Path) -> dict[str, str]:
     """The texts of one row by the names of the columns."""
     if len(fields) < len(header) or any(text.strip() for text in fields[len(header):]):
         raise ConfigError(f"row {row} does not fit the header", file=path,
@@ -478,8 +478,8 @@ def _ictcf_row(row: int, record: dict[str, str]) -> Patient | str:
     def text(start: str) -> str:
         return next((value for name, value in record.items() if name.startswith(start)), "")
 
-    number, word = re.search(r"\d+", text("patient")), (text("morbidity").casefold().split() or
-                                                        [""])[0]
+    number, word = re.search(r"\d+",
+                             text("patient")), (text("morbidity").casefold().split() or [""])[0]
     if number is None:
         return f"row {row}: no patient"
     if word and word not in _MORBIDITY:
@@ -578,8 +578,8 @@ class Log:
 def scan_name(name: str) -> str:
     """The authors' name of a scan of the 20-case set, from any of the names in use; other names as
     they are."""
-    for words, plain in (("_org", ""), ("covid-19-pneumonia-", ""), ("-dcm", ""), ("radiopaedia_r",
-                                                                                   "radiopaedia_")):
+    names = {"_org": "", "covid-19-pneumonia-": "", "-dcm": "", "radiopaedia_r": "radiopaedia_"}
+    for words, plain in names.items():
         name = name.replace(words, plain)
     return name
 
@@ -608,8 +608,8 @@ def _place(folder: Path, pattern: str, record: Mapping[str, Any]) -> Path:
                       pattern.removeprefix("../").format(**record))
 
 
-def _joined_rows(folder: Path, read: Mapping[str, Any]) -> Iterator[tuple[Path, int, dict[str,
-                                                                                          str]]]:
+def _joined_rows(folder: Path,
+                 read: Mapping[str, Any]) -> Iterator[tuple[Path, int, dict[str, str]]]:
     """(table, row number, record) of a set's table, each with the columns of the table that it is
     joined with."""
     path = next((folder / name for name in read["table"] if (folder / name).is_file()), None)
@@ -647,8 +647,8 @@ def _walk_table(card: Card, folder: Path, log: Log) -> Iterator[Sample]:
             continue
         scan = scan_name(read["scan"].format(**record))
         image = _place(folder, read["image"], record)
-        masks = {kind: _place(folder, pattern, record) for kind, pattern in read.get("masks",
-                                                                                     {}).items()}
+        masks = {kind: _place(folder, pattern, record) for kind,
+                 pattern in read.get("masks", {}).items()}
         masks = {kind: mask for kind, mask in masks.items() if mask.is_file()}
         if image.is_file() or masks:
             labels = {kind: text.format(**record) for kind, text in read.get("labels", {}).items()}
@@ -669,8 +669,8 @@ def _folders(top: Path) -> Iterator[Path]:
         yield Path(place)
 
 
-def _picture_groups(folder: Path, pattern: str) -> Iterator[tuple[dict[str, str], tuple[Path,
-                                                                                        ...]]]:
+def _picture_groups(folder: Path,
+                    pattern: str) -> Iterator[tuple[dict[str, str], tuple[Path, ...]]]:
     """(named groups, pictures in natural order) for each run of pictures of one folder that match
     alike."""
     for place in _folders(folder):
@@ -688,8 +688,8 @@ def _walk_pictures(card: Card, folder: Path, log: Log) -> Iterator[Sample]:
     patients joined."""
     read, patients = card.read, {}
     if "patients" in read:
-        tables = [path for path in sorted(folder.iterdir()) if re.fullmatch(read["patients"],
-                                                                            path.name, re.I)]
+        tables = [path for path in sorted(folder.iterdir()) if
+                  re.fullmatch(read["patients"], path.name, re.I)]
         patients = read_ictcf_table(tables[0]) if tables else {}
         _note_table(patients, log)
     for groups, images in _picture_groups(folder, read["pictures"]):
@@ -727,8 +727,8 @@ class Source:
         `DataMissingError`."""
         root = data_root(root) if root is None else check_folder(root)
         if root is not None:
-            tops = [root, *(root / name for name in (self.name, *self.card.read.get("aliases",
-                                                                                    ())))]
+            tops = [root,
+                    *(root / name for name in (self.name, *self.card.read.get("aliases", ())))]
             inner = [path for top in [*tops[1:], root] if top.is_dir() for path in
                      sorted(top.iterdir())]
             for folder in [*tops[1:], root, *inner]:
@@ -739,8 +739,8 @@ class Source:
 
     def walk(self, folder: Path, log: Log) -> Iterator[Sample]:
         """The samples of the copy in `folder`, one at a time; faults go to `log`."""
-        return (_walk_table if "table" in self.card.read else _walk_pictures)(self.card, folder,
-                                                                              log)
+        walk = _walk_table if "table" in self.card.read else _walk_pictures
+        return walk(self.card, folder, log)
 
     def find(self, root: str | Path | None = None) -> Iterator[Sample]:
         """The samples below `root`, one at a time; raises at the first fault."""
@@ -856,9 +856,9 @@ class DataReport:
     def __str__(self) -> str:
         tables = [f"{title}\n{table.to_string(index=False)}" for title, table in self.tables.items()
                   if len(table)]
-        lists = ["\n".join([f"{len(lines)} {word}{'s' * (len(lines) != 1)}", *(f"  - {line}" for
-                                                                               line in lines)]) for
-                 word, lines in (("notice", self.notices), ("fault", self.faults))]
+        lists = ["\n".join([f"{len(lines)} {word}{'s' * (len(lines) != 1)}",
+                            *(f"  - {line}" for line in lines)]) for word,
+                 lines in (("notice", self.notices), ("fault", self.faults))]
         return "\n\n".join([self.name, *tables, *lists])
 
 
@@ -919,15 +919,16 @@ def _semiseg_notices(folder: Path, ids: Sequence[str]) -> list[str]:
     if read_note(folder):
         return []
     crossing = [stem for stem in ids if scan_group(stem) in KNOWN_SHARED_GROUPS]
-    priors = [folder / "TrainingSet" / name for name in ("MultiClassInfection-Train/Prior",
-                                                         "LungInfection-Train/Doctor-label/GT")]
-    same = all(place.is_dir() for place in priors) and len({folder_digest(place) for place in
-                                                            priors}) == 1
+    names = ("MultiClassInfection-Train/Prior", "LungInfection-Train/Doctor-label/GT")
+    priors = [folder / "TrainingSet" / name for name in names]
+    same = all(place.is_dir() for place in
+               priors) and len({folder_digest(place) for place in priors}) == 1
     changed = compare_content(folder, get_card("covid-semiseg"), present_only=True)
-    return ([f"same scan on both sides of the split: test {', '.join(crossing)}; give results with and "
-             "without them"] * bool(crossing)
-            + ["prior_is_ground_truth: the published priors are the training masks"] * same
-            + [f"not the published files: {line}" for line in changed])
+    return (
+        [f"same scan on both sides of the split: test {', '.join(crossing)}; give results with and "
+        "without them"] * bool(crossing) +
+        ["prior_is_ground_truth: the published priors are the training masks"] * same +
+        [f"not the published files: {line}" for line in changed])
 
 
 def _semiseg_row(split: str, slices: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list:
@@ -935,8 +936,8 @@ def _semiseg_row(split: str, slices: Mapping[str, tuple[np.ndarray, np.ndarray]]
     split."""
     counts = np.array([np.bincount(labels.ravel(), minlength=3) for _, labels in
                        slices.values()]).reshape(-1, 3)
-    share = 100 * counts[:, 1:].sum(axis=1) / counts.sum(axis=1) if len(counts) else np.full(1,
-                                                                                             np.nan)
+    share = 100 * counts[:,
+                         1:].sum(axis=1) / counts.sum(axis=1) if len(counts) else np.full(1, np.nan)
     return [split, len(slices), *counts.sum(axis=0).tolist(),
             *(round(float(summary(share)), 1) for summary in (np.min, np.mean, np.max))]
 
@@ -969,8 +970,9 @@ def check_covid_semiseg(root: str | Path | None = None) -> DataReport:
 def check_data(name: str, root: str | Path | None = None) -> DataReport:
     """Reads a whole copy of data set `name` and lists every fault at once; raises only without a
     copy."""
-    return check_covid_semiseg(root) if name == "covid-semiseg" else _check_source(get_source(name),
-                                                                                   root)
+    if name == "covid-semiseg":
+        return check_covid_semiseg(root)
+    return _check_source(get_source(name), root)
 
 
 def get_data(name: str, root: str | Path, *, url: str | None = None, sha256: str | None = None,
@@ -985,8 +987,8 @@ def get_data(name: str, root: str | Path, *, url: str | None = None, sha256: str
         if len(card.files) != 1:
             raise ConfigError("a mirror can be named only for a set that is one archive",
                               found=name)
-        file = {**card.files[0], **({"url": url} if url else {}), **({"sha256": sha256} if sha256
-                                                                     else {})}
+        file = {**card.files[0], **({"url": url} if url else {}),
+                **({"sha256": sha256} if sha256 else {})}
         card = Card(**{**vars(card), "files": [file]})
     echo(describe(card))
     if card.files:

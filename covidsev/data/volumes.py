@@ -55,8 +55,8 @@ class Grid(NamedTuple):
 
     def stored(self, canonical: np.ndarray) -> np.ndarray:
         """A view of a canonical array, in the user's order: the inverse of `canonical`."""
-        return apply_orientation(canonical, ornt_transform(_RAS,
-                                                           nibabel.io_orientation(self.affine)))
+        return apply_orientation(canonical,
+                                 ornt_transform(_RAS, nibabel.io_orientation(self.affine)))
 
     @property
     def canonical_affine(self) -> np.ndarray:
@@ -111,9 +111,8 @@ def is_dicom(head: bytes) -> bool:
     """Whether a file is DICOM: its mark, or, without one, a first tag of groups 2 or 8 that is laid
     out as one."""
     tag, kind, length = head[:4], head[4:6], int.from_bytes(head[4:8], "little")
-    plain = tag[:2] in (b"\x02\0", b"\x08\0") and tag[3:4] == b"\0" and (kind.isalpha() and
-                                                                         kind.isupper() or 0 <
-                                                                         length < 128)
+    plain = tag[:2] in (b"\x02\0", b"\x08\0") and tag[3:4] == b"\0"
+    plain = plain and (kind.isalpha() and kind.isupper() or 0 < length < 128)
     return head[128:132] == b"DICM" or plain
 
 # %% ../../nbs/1_data/04_volumes.ipynb #46c1744a
@@ -279,8 +278,8 @@ def check_affine(affine: np.ndarray, path: str | Path) -> list[str]:
     off the body's axes."""
     block = affine[:3, :3]
     size = np.linalg.norm(block, axis=0)
-    if not np.isfinite(affine).all() or size.min() < 1e-6 or abs(np.linalg.det(block /
-                                                                               size)) < 1e-3:
+    regular = np.isfinite(affine).all() and size.min() >= 1e-6
+    if not (regular and abs(np.linalg.det(block / size)) >= 1e-3):
         raise GeometryError("the affine is singular: it does not say where the voxels are",
                             file=path, found=show_affine(affine), fix="export the scan again")
     axes = nibabel.io_orientation(affine)[:, 0].astype(int)
@@ -536,8 +535,8 @@ def _dicom_headers(path: Path) -> list[Dicom]:
     return headers
 
 # %% ../../nbs/1_data/04_volumes.ipynb #b17fd823
-def _pick_series(headers: Sequence[Dicom], path: Path, volume: int | None) -> tuple[list[Dicom],
-                                                                                    list[str]]:
+def _pick_series(headers: Sequence[Dicom], path: Path,
+                 volume: int | None) -> tuple[list[Dicom], list[str]]:
     """The files of one series of one person, and notes; `ReadError` where it is not clear which, or
     none is a CT."""
     images = [header for header in headers if header.modality == "CT"]
@@ -556,15 +555,16 @@ def _pick_series(headers: Sequence[Dicom], path: Path, volume: int | None) -> tu
         raise ReadError("only localizer images", file=path, found=f"{left_out} files",
                         expected="axial CT slices")
     if len(real) > 1 and volume is None:
-        raise ReadError(f"the folder mixes {len(real)} series", file=path,
-                        found=f"series of {', '.join(str(len(files)) for files in real)} files",
-                        fix=f"give one series of one patient; or pick one, largest first: --volume 0 "
-                            f"to --volume {len(real) - 1}")
+        raise ReadError(
+            f"the folder mixes {len(real)} series", file=path,
+            found=f"series of {', '.join(str(len(files)) for files in real)} files",
+            fix=f"give one series of one patient; or pick one, largest first: --volume 0 "
+            f"to --volume {len(real) - 1}")
     if volume is not None and not 0 <= volume < len(real):
         raise ConfigError(f"there is no series {volume}", file=path,
                           expected=f"0 to {len(real) - 1}")
-    return real[volume or
-                0], [f"left_out: {left_out} files that are no axial CT"] if left_out else []
+    notes = [f"left_out: {left_out} files that are no axial CT"] if left_out else []
+    return real[volume or 0], notes
 
 
 def _check_series(files: Sequence[Dicom], path: Path, hu_offset: float | None) -> None:
@@ -587,10 +587,10 @@ def _check_series(files: Sequence[Dicom], path: Path, hu_offset: float | None) -
            "convert the series to NIfTI first, for example with dcm2niix")
     refuse("colour pictures in the series",
            [file for file in files if file.numbers.get("SamplesPerPixel", [1])[0] > 1])
-    refuse("sizes, pixel sizes or directions that cannot be", [file for file in files if not
-                                                               _is_plausible(file)])
-    for what, names in (("size", ("Rows", "Columns")), ("orientation",
-                                                        ("ImageOrientationPatient",)),
+    refuse("sizes, pixel sizes or directions that cannot be",
+           [file for file in files if not _is_plausible(file)])
+    for what, names in (("size", ("Rows", "Columns")),
+                        ("orientation", ("ImageOrientationPatient",)),
                         ("pixel size", ("PixelSpacing",))):
         refuse(f"the slices do not have one {what}",
                [file for file in files for name in names
