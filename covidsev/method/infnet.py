@@ -131,7 +131,7 @@ def initialise_he(module: nn.Module) -> None:
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-021
+
 class ResNet50(nn.Module):
     """ResNet-50 without classifier: `(B, 3, H, W)` to the four features of a `Pyramid`.
 
@@ -168,7 +168,7 @@ class ResNet50(nn.Module):
         f4 = self.layer3(f3)
         return Pyramid(f2, f3, f4, self.layer4(f4))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-022
+
 class Res2Net50(ResNet50):
     """Res2Net-50 v1b, 26w x 4s, without classifier; shapes as `ResNet50`. Gao et al. 2021."""
 
@@ -181,7 +181,7 @@ class Res2Net50(ResNet50):
             layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         return nn.Sequential(*layers, nn.Conv2d(32, 64, 3, 1, 1, bias=False))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-027
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-024
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions plus a shortcut, which is a 1x1 where the shape changes. He et al. 2016."""
 
@@ -195,7 +195,7 @@ class ResidualBlock(nn.Module):
         y = functional.relu(self.first(x), inplace=True)
         return functional.relu(self.second(y) + self.shortcut(x), inplace=True)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-028
+
 class SmallResNet(nn.Module):
     """Residual backbone for a CPU: f2 24 channels at 1/2, f3 48 at 1/4, f4 96 at 1/8, f5 160 at 1/16."""
 
@@ -225,10 +225,10 @@ class SmallResNet(nn.Module):
             features.append(x)
         return Pyramid(*features)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-029
+
 BACKBONES: dict[str, type[nn.Module]] = {"res2net50": Res2Net50, "resnet50": ResNet50, "small": SmallResNet}
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-032
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-027
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a file of named tensors without running anything in it.
 
@@ -247,7 +247,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     parallel = all(name.startswith("module.") for name in state)
     return {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-033
+
 def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], file: str | Path | None = None) -> None:
     """CheckpointError with the first five names of each fault, unless both hold the same names and shapes."""
     faults = {"missing": [n for n in own if n not in state], "unexpected": [n for n in state if n not in own],
@@ -276,7 +276,7 @@ def _counters(own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The step counters of batch normalisation, which nothing here reads."""
     return {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-038
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-031
 class WeightFile(NamedTuple):
     """Where a file of ImageNet weights comes from; its name ends in the first eight digits of its SHA-256."""
 
@@ -296,7 +296,7 @@ IMAGENET_WEIGHTS = {
         "https://download.pytorch.org/models/resnet50-0676ba61.pth", "BSD-3-Clause (torchvision)"),
 }
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-039
+
 def initialise_backbone(backbone: nn.Module, name: str, init: str,
                         weights_path: str | Path | None) -> dict[str, str]:
     """Apply `init` to a backbone and return the record of it: init, and file and sha256 for "imagenet"."""
@@ -313,7 +313,7 @@ def initialise_backbone(backbone: nn.Module, name: str, init: str,
     load_weights(backbone, state, path)
     return {"init": "imagenet", "file": path.name, "sha256": digest}
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-040
+
 def check_digest(path: Path, known_name: str) -> str:
     """SHA-256 of a file; must begin with the digits in its name (`-0676ba61.pth`), or else `known_name`."""
     if not path.is_file():
@@ -327,7 +327,7 @@ def check_digest(path: Path, known_name: str) -> str:
                             fix="delete it and download it again")
     return digest
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-041
+
 def fetch_weights(name: str, folder: str | Path | None = None, url: str | None = None) -> Path:
     """Download ImageNet weights once, into the user's cache folder; DataMissingError without network."""
     import pooch
@@ -354,7 +354,7 @@ def _keep_if_sound(path: Path, file_name: str) -> Path:
         raise
     return path
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-045
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-034
 class ReceptiveFieldBlock(nn.Module):
     """Four parallel views of one feature map, merged: `(B, inputs, H, W)` to `(B, outputs, H, W)`, >= 0.
 
@@ -376,7 +376,7 @@ class ReceptiveFieldBlock(nn.Module):
         merged = self.merge(torch.cat([branch(x) for branch in self.branches], dim=1))
         return functional.relu(merged + self.shortcut(x))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-050
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-039
 class ParallelPartialDecoder(nn.Module):
     """The global map S_g from three features: logits `(B, 1, H3, W3)` at the size of f3. Wu et al. 2019."""
 
@@ -398,7 +398,7 @@ class ParallelPartialDecoder(nn.Module):
         joined_3 = self.join_3(torch.cat([agree_3, self.up[4](joined_4_at_3)], dim=1))
         return self.head(self.refine(joined_3))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-053
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-042
 class EdgeAttention(nn.Module):
     """From f2: the edge attention `(B, width, H2, W2)` and the edge logits `(B, 1, H2, W2)`. Section IV.A."""
 
@@ -411,12 +411,12 @@ class EdgeAttention(nn.Module):
         attention = self.layers(f2)
         return attention, self.head(attention)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-056
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-045
 def reverse(logits: Tensor) -> Tensor:
     """Reverse attention 1 - sigmoid(c), in [0, 1], computed as sigmoid(-c) so that small values survive."""
     return torch.sigmoid(-logits)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-059
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-048
 class ReverseAttention(nn.Module):
     """Refine a coarse map by looking where it is not: logits `(B, 1, h, w)` at the size of the features.
 
@@ -439,7 +439,7 @@ class ReverseAttention(nn.Module):
             x = functional.relu(layer(x))
         return self.head(x) + coarse
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-063
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-051
 def check_input(x: Tensor, multiple: int) -> None:
     """Accept float `(B, 1, H, W)` with sides that are multiples of `multiple`; else GeometryError."""
     if x.ndim != 4 or x.shape[1] != 1 or not x.is_floating_point():
@@ -452,7 +452,7 @@ def check_input(x: Tensor, multiple: int) -> None:
                             expected=f"sides that are multiples of {multiple}",
                             fix=f"resize to {near[0]} x {near[1]}")
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-064
+
 class InfNet(nn.Module):
     """Inf-Net: grey slices `(B, 1, H, W)` in [0, 1] to `SideOutputs` of logits at the same size.
 
@@ -500,12 +500,12 @@ class InfNet(nn.Module):
     def forward(self, x: Tensor) -> SideOutputs:
         return SideOutputs(*(resize_map(logits, x.shape[-2:]) for logits in self.decode(self.encode(x))))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-070
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-055
 def count_parameters(module: nn.Module) -> int:
     """Number of trainable values in a module."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-081
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-064
 PUBLISHED_NAMES = {
     "backbone.": "resnet.",
     **{f"rfb_{level}.{ours}.": f"rfb{level - 1}_1.{theirs}." for level in (3, 4, 5)
@@ -523,13 +523,13 @@ PUBLISHED_NAMES = {
 }
 PUBLISHED_UNUSED = ("resnet.fc.weight", "resnet.fc.bias")
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-082
+
 def published_name(name: str) -> str:
     """The name that the published Inf-Net code gives to one of our parameters (or buffers)."""
     ours = next(prefix for prefix in PUBLISHED_NAMES if name.startswith(prefix))
     return PUBLISHED_NAMES[ours] + name.removeprefix(ours)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-085
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-067
 def load_published_checkpoint(path: str | Path, model: InfNet) -> list[str]:
     """Load a checkpoint of the published Inf-Net code; returns the names left out (the unused classifier).
 

@@ -53,7 +53,7 @@ def box_mean(x: Tensor, k: int = 31) -> Tensor:
     columns = functional.avg_pool2d(x, (k, 1), stride=1, padding=(half, 0))
     return functional.avg_pool2d(columns, (1, k), stride=1, padding=(0, half))
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-020
+# %% ../../nbs/2_method/02_losses.ipynb #cell-019
 def boundary_weights(mask: Tensor) -> Tensor:
     """Weight of each pixel, 1 far from a boundary and up to 6 at one, for a mask `(B, 1, H, W)` in [0, 1].
 
@@ -65,7 +65,7 @@ def boundary_weights(mask: Tensor) -> Tensor:
         mask = mask.float()
         return 1 + 5 * (box_mean(mask) - mask).abs()
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-022
+# %% ../../nbs/2_method/02_losses.ipynb #cell-021
 def _check_mask(mask: Tensor) -> None:
     """A mask read as 0..255 would silently change the loss, so it is refused."""
     if mask.numel() == 0:
@@ -75,22 +75,22 @@ def _check_mask(mask: Tensor) -> None:
         raise MaskError("mask values out of range", found=f"{low:g} to {high:g}", expected="0 to 1",
                         fix="divide by 255, or compare with 0, before the loss")
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-026
+# %% ../../nbs/2_method/02_losses.ipynb #cell-024
 VARIANTS = ("weighted", "as_published")
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-027
+
 def focal(loss: Tensor, gamma: float, alpha: float = 1.0) -> Tensor:
     """Focal form of un-reduced cross-entropies: alpha (1 - exp(-loss))^gamma loss. Lin et al. 2017."""
     return alpha * (-torch.expm1(-loss)).clamp_min(0) ** gamma * loss if gamma else alpha * loss
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-028
+
 def weighted_bce(logits: Tensor, mask: Tensor, weights: Tensor, focal_gamma: float = 0.0) -> Tensor:
     """Cross-entropy per image, `(B,)`: sum(w * bce) / sum(w), from logits, so that it never overflows."""
     entropy = functional.binary_cross_entropy_with_logits(logits.float(), mask.float(), reduction="none")
     entropy = focal(entropy, focal_gamma)
     return (weights * entropy).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-029
+
 def weighted_iou(logits: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     """1 - soft intersection over union per image, `(B,)` in [0, 1): both sums weighted, 1 added to each."""
     probs = torch.sigmoid(logits.float())
@@ -98,7 +98,7 @@ def weighted_iou(logits: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     both = (weights * (probs + mask)).sum(dim=(1, 2, 3))
     return 1 - (inter + 1) / (both - inter + 1)
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-030
+
 def structure_loss(logits: Tensor, mask: Tensor, weights: Tensor | None = None, variant: str = "weighted",
                    focal_gamma: float = 0.0) -> Tensor:
     """L_seg = L_IoU + L_BCE of equation (1), a scalar, from logits and mask `(B, 1, H, W)`.
@@ -114,7 +114,7 @@ def structure_loss(logits: Tensor, mask: Tensor, weights: Tensor | None = None, 
     flat = torch.ones_like(weights) if variant == "as_published" else weights
     return (weighted_bce(logits, mask, flat, focal_gamma) + weighted_iou(logits, mask, weights)).mean()
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-031
+
 def _check_same_shape(logits: Tensor, target: Tensor) -> None:
     """Broadcasting would hide a map of the wrong size."""
     if logits.shape != target.shape:
@@ -122,13 +122,13 @@ def _check_same_shape(logits: Tensor, target: Tensor) -> None:
                             found=f"logits {tuple(logits.shape)}, mask {tuple(target.shape)}",
                             fix="resize the mask to the map")
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-043
+# %% ../../nbs/2_method/02_losses.ipynb #cell-034
 def edge_loss(logits: Tensor, edge: Tensor) -> Tensor:
     """L_edge: mean cross-entropy of the edge logits against the edge map, both `(B, 1, H, W)`; a scalar."""
     _check_same_shape(logits, edge)
     return functional.binary_cross_entropy_with_logits(logits.float(), edge.float())
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-046
+# %% ../../nbs/2_method/02_losses.ipynb #cell-037
 def infnet_loss(outputs: SideOutputs, mask: Tensor, edge: Tensor | None = None, variant: str = "weighted",
                 focal_gamma: float = 0.0) -> LossParts:
     """All terms of equation (2) for the maps that are present; mask and edge `(B, 1, H, W)` in [0, 1].
@@ -144,22 +144,22 @@ def infnet_loss(outputs: SideOutputs, mask: Tensor, edge: Tensor | None = None, 
         raise GeometryError("the network gave no map", found="every field None", expected="at least s_3")
     return LossParts(total=sum(terms.values()), **terms)
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-047
+
 MAP_NAMES = ("s_g", "s_5", "s_4", "s_3")
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-048
+
 def _maps(parts: SideOutputs | LossParts) -> dict[str, Tensor]:
     """The infection maps (or their losses) that are present, by name, coarse to fine."""
     return {name: getattr(parts, name) for name in MAP_NAMES if getattr(parts, name) is not None}
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-049
+
 def _need_edge(edge: Tensor | None) -> Tensor:
     """The edge map, which is needed when the network predicts one."""
     if edge is None:
         raise MaskError("no edge map to compare with", expected="(B, 1, H, W)", fix="pass mask_edge(mask)")
     return edge
 
-# %% ../../nbs/2_method/02_losses.ipynb #cell-053
+# %% ../../nbs/2_method/02_losses.ipynb #cell-041
 def test_loss_sum(parts: LossParts) -> Tensor:
     """Sum of the losses of the infection maps, the edge left out: how the first draft logged Table I."""
     return torch.stack(list(_maps(parts).values())).sum()

@@ -46,7 +46,7 @@ def check_labels(labels: Tensor) -> Tensor:
                         fix="read them with covidsev.data.datasets.read_labels, and resize them nearest")
     return labels
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-009
+
 def one_hot(labels: Tensor) -> Tensor:
     """Integer labels `(B, 1, H, W)` in {0, 1, 2} to float planes `(B, 3, H, W)`, one of them 1 at each pixel."""
     if labels.ndim != 4 or labels.shape[1] != 1 or labels.is_floating_point():
@@ -54,7 +54,7 @@ def one_hot(labels: Tensor) -> Tensor:
                             expected="integer (B, 1, H, W)")
     return (labels == torch.arange(N_CLASSES, device=labels.device).view(1, -1, 1, 1)).float()
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-015
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-014
 LOSS_KINDS = ("sigmoid", "softmax")
 
 
@@ -85,14 +85,14 @@ def check_loss(loss: MultiClassLoss) -> MultiClassLoss:
                           found=f"gamma {loss.focal_gamma}, alpha {loss.focal_alpha}")
     return loss
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-016
+
 def smooth_background(target: Tensor, share: float, *, spread: bool) -> Tensor:
     """One-hot planes `(B, 3, H, W)`, the background times 1 - share; `spread`: the rest to the others."""
     background, infection = target[:, :1], target[:, 1:]
     infection = infection + spread * share / (N_CLASSES - 1) * background
     return torch.cat([(1 - share) * background, infection], dim=1)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-017
+
 def loss_map(logits: Tensor, labels: Tensor, loss: MultiClassLoss = MultiClassLoss()) -> Tensor:
     """Un-reduced, unweighted loss of logits `(B, 3, H, W)` against labels `(B, 1, H, W)`, in float32.
 
@@ -110,7 +110,7 @@ def loss_map(logits: Tensor, labels: Tensor, loss: MultiClassLoss = MultiClassLo
         each = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return focal(each, loss.focal_gamma, loss.focal_alpha)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-018
+
 def weight_map(labels: Tensor, loss: MultiClassLoss) -> Tensor:
     """Weights for `loss_map`: of the plane for "sigmoid", of the pixel's true class for "softmax"."""
     truth, weights = one_hot(labels), loss.class_weights or (1.0,) * N_CLASSES
@@ -130,7 +130,7 @@ def multiclass_loss(logits: Tensor, labels: Tensor, loss: MultiClassLoss = Multi
     weights = weight_map(labels, loss)
     return (weights * each).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-025
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-020
 def class_table(labels: Sequence[ArrayLike]) -> "pd.DataFrame":
     """One row a class: class, pixels, share of all pixels, slices that show it, a note where none does.
 
@@ -147,7 +147,7 @@ def class_table(labels: Sequence[ArrayLike]) -> "pd.DataFrame":
     return pd.DataFrame({"class": list(CLASSES), "pixels": pixels, "share": pixels / pixels.sum(),
                          "slices": slices, "note": notes})
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-026
+
 def balanced_weights(labels: Sequence[ArrayLike]) -> tuple[float, float, float]:
     """Weights that give each class the same total, and the pixels one on average: w = N / (3 n).
 
@@ -160,7 +160,7 @@ def balanced_weights(labels: Sequence[ArrayLike]) -> tuple[float, float, float]:
                           fix="add slices that show it, or train without class weights")
     return tuple(float(n) for n in table["pixels"].sum() / (N_CLASSES * table["pixels"]))
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-030
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-024
 def fold_assignments(groups: Sequence[str], n_folds: int, seed: int = 0) -> NDArray[np.int64]:
     """The fold (0 to n_folds - 1) of each slice: whole groups, drawn with `seed`, spread evenly.
 
@@ -179,7 +179,7 @@ def fold_assignments(groups: Sequence[str], n_folds: int, seed: int = 0) -> NDAr
         load[fold_of[group]] += sizes[group]
     return fold_of[number]
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-032
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-026
 PRIOR_SOURCES = ("out_of_fold", "predicted", "ground_truth")
 
 # from images (H, W) to maps (H, W) in [0, 1]
@@ -211,7 +211,7 @@ def _apply(predict: Predict, slices: SliceSet) -> list[NDArray[np.float32]]:
         raise ConfigError("each slice needs one prior", found=f"{len(maps)} maps for {len(slices)} slices")
     return [_as_prior(values, image) for values, image in zip(maps, slices.images, strict=True)]
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-033
+
 def _seen_scans(priors: Priors, slices: SliceSet) -> list[str]:
     """The ids of the slices whose model had seen the slice itself or another one of its scan group."""
     group_of = dict(zip(slices.ids, slices.groups, strict=True))
@@ -242,7 +242,7 @@ def check_priors(priors: Priors, slices: SliceSet) -> Priors:
                            expected="predictions", fix='if the ablation is meant, say prior="ground_truth"')
     return priors
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-034
+
 def _one_fold(train_fold: Callable, slices: SliceSet, folds: NDArray, fold: int) -> tuple[SliceSet, list]:
     """Train on the other folds, predict this one: the training part and the maps."""
     train, held_out = (slices.subset(np.flatnonzero(part)) for part in (folds != fold, folds == fold))
@@ -270,7 +270,7 @@ def out_of_fold_priors(train_fold: Callable[[SliceSet, int], Predict], slices: S
             maps[index], seen[index] = prior, frozenset(train.ids)
     return check_priors(Priors("out_of_fold", maps, seen), slices)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-036
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-028
 def predicted_priors(predict: Predict, slices: SliceSet, trained_on: SliceSet,
                      known: Collection[str] = ()) -> Priors:
     """Priors of slices outside the training set, from a model trained on `trained_on`.
@@ -294,7 +294,7 @@ def training_priors(slices: SliceSet, prior: str = "out_of_fold", *,
                           fix='give both; the leaking ablation has to be asked for: prior="ground_truth"')
     return out_of_fold_priors(train_fold, slices, folds)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-037
+
 def prior_tensor(maps: Sequence[ArrayLike], size: int, device: str | torch.device = "cpu") -> Tensor:
     """Maps (H, W) in [0, 1], each of its own size, as float32 `(N, 1, size, size)`: bilinear, antialiased.
 
@@ -305,7 +305,7 @@ def prior_tensor(maps: Sequence[ArrayLike], size: int, device: str | torch.devic
     resized = [functional.interpolate(one, (size, size), mode="bilinear", antialias=True) for one in tensors]
     return torch.cat(resized).clamp(0, 1).to(device)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-044
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-034
 def classes_of(logits: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
     """Class of each pixel, uint8 `(B, 1, H, W)`, of logits `(B, 3, h, w)`: resized to `shape`, then argmax.
 
@@ -313,7 +313,7 @@ def classes_of(logits: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
     logits = logits if shape is None else resize_map(logits.float(), shape)
     return logits.argmax(dim=1, keepdim=True).to(torch.uint8)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-047
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-037
 def class_dice(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike],
                ids: Sequence[str] | None = None) -> "pd.DataFrame":
     """One row for each slice and class: id, class, dice, n_truth and n_pred in pixels.
@@ -332,7 +332,7 @@ def class_dice(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike],
                          "n_truth": counts.tp + counts.fn, "n_pred": counts.tp + counts.fp})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-048
+
 def _both_conventions(rows: "pd.DataFrame") -> dict[str, float]:
     """Mean Dice over all slices (empty truth counts 0) and over those with a truth; the number of each."""
     there = rows["n_truth"] > 0

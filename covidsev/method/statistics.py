@@ -437,7 +437,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, level: float = 0.95) -> Estimate:
     half = stats.norm.ppf((1 + level) / 2) * error
     return Estimate(value, float(max(value - half, 0)), float(min(value + half, 1)), scores.size)
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-056
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-055
 class PairedAuc(NamedTuple):
     """AUC of `first` minus that of `second` on the same patients, its interval, and DeLong's two-sided p."""
 
@@ -468,7 +468,7 @@ def compare_auc(first: ArrayLike, second: ArrayLike, labels: ArrayLike, level: f
     p_value = float(2 * stats.norm.sf(abs(difference) / error))
     return PairedAuc(difference, difference - half, difference + half, p_value, len(table))
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-060
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-059
 def roc_points(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray, NDArray]:
     """False positive rate, sensitivity and cut of every step of the curve: score >= cut is called severe.
 
@@ -480,7 +480,7 @@ def roc_points(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray, 
     called = scores >= cuts[:, None]
     return called[:, ~truth].mean(axis=1), called[:, truth].mean(axis=1), cuts
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-063
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-062
 CUT = 19.5  # CT-SS above it is severe: Yang et al. 2020
 
 
@@ -508,7 +508,7 @@ def at_cut(scores: ArrayLike, labels: ArrayLike, cut: float = CUT) -> dict[str, 
               (~called & ~truth, ~called))
     return {name: wilson(int(hit.sum()), int(of.sum())) for name, (hit, of) in zip(names, shares)}
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-068
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-066
 def correlation(first: ArrayLike, second: ArrayLike, kind: str = "spearman", level: float = 0.95) -> Estimate:
     """Spearman's or Pearson's correlation of two scores of the same patients, with Fisher's interval."""
     check_choice("kind of correlation", kind, ("spearman", "pearson"))
@@ -526,7 +526,7 @@ def correlation(first: ArrayLike, second: ArrayLike, kind: str = "spearman", lev
     low, high = np.tanh(np.arctanh(value) + np.array([-half, half]))
     return Estimate(value, float(low), float(high), first.size)
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-071
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-069
 def _row(metric: str, each: Estimate) -> dict[str, Any]:
     return {"metric": metric, **each._asdict()}
 
