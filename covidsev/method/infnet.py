@@ -41,14 +41,14 @@ class ConvBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-010
+
 def resize_map(x: Tensor, size: tuple[int, int] | torch.Size, *, align_corners: bool = False) -> Tensor:
     """Bilinear resize of `(B, C, H, W)` to a target size; returned as it is when it has that size already."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return functional.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-013
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-010
 class Pyramid(NamedTuple):
     """Features of the backbone, fine to coarse: f2 feeds the edge branch, f3 to f5 the decoder."""
 
@@ -67,7 +67,7 @@ class DecoderWidths(NamedTuple):
     hidden_4: int = 64
     hidden_3: int = 64
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-015
+
 class Bottleneck(nn.Module):
     """ResNet-50 block: 1x1, 3x3 (strided), 1x1 to four times `planes`, plus the shortcut. He et al. 2016."""
 
@@ -88,7 +88,7 @@ class Bottleneck(nn.Module):
         y = self.relu(self.bn2(self.conv2(y)))
         return self.relu(self.bn3(self.conv3(y)) + self.downsample(x))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-017
+
 class Res2NetBlock(nn.Module):
     """Res2Net v1b block, base width 26, 4 splits: three chained 3x3 convolutions over a quarter each.
 
@@ -124,7 +124,7 @@ class Res2NetBlock(nn.Module):
         y = torch.cat([*outputs, self.pool(last)], dim=1)
         return self.relu(self.bn3(self.conv3(y)) + self.downsample(x))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-020
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-013
 def initialise_he(module: nn.Module) -> None:
     """He (fan-out, normal) weights for every convolution, from the global generator: the caller seeds."""
     for part in module.modules():
@@ -181,7 +181,7 @@ class Res2Net50(ResNet50):
             layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         return nn.Sequential(*layers, nn.Conv2d(32, 64, 3, 1, 1, bias=False))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-024
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-017
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions plus a shortcut, which is a 1x1 where the shape changes. He et al. 2016."""
 
@@ -228,7 +228,7 @@ class SmallResNet(nn.Module):
 
 BACKBONES: dict[str, type[nn.Module]] = {"res2net50": Res2Net50, "resnet50": ResNet50, "small": SmallResNet}
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-027
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-020
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a file of named tensors without running anything in it.
 
@@ -276,7 +276,7 @@ def _counters(own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The step counters of batch normalisation, which nothing here reads."""
     return {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-031
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-024
 class WeightFile(NamedTuple):
     """Where a file of ImageNet weights comes from; its name ends in the first eight digits of its SHA-256."""
 
@@ -354,7 +354,7 @@ def _keep_if_sound(path: Path, file_name: str) -> Path:
         raise
     return path
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-034
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-027
 class ReceptiveFieldBlock(nn.Module):
     """Four parallel views of one feature map, merged: `(B, inputs, H, W)` to `(B, outputs, H, W)`, >= 0.
 
@@ -376,7 +376,7 @@ class ReceptiveFieldBlock(nn.Module):
         merged = self.merge(torch.cat([branch(x) for branch in self.branches], dim=1))
         return functional.relu(merged + self.shortcut(x))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-039
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-032
 class ParallelPartialDecoder(nn.Module):
     """The global map S_g from three features: logits `(B, 1, H3, W3)` at the size of f3. Wu et al. 2019."""
 
@@ -398,7 +398,7 @@ class ParallelPartialDecoder(nn.Module):
         joined_3 = self.join_3(torch.cat([agree_3, self.up[4](joined_4_at_3)], dim=1))
         return self.head(self.refine(joined_3))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-042
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-035
 class EdgeAttention(nn.Module):
     """From f2: the edge attention `(B, width, H2, W2)` and the edge logits `(B, 1, H2, W2)`. Section IV.A."""
 
@@ -411,12 +411,12 @@ class EdgeAttention(nn.Module):
         attention = self.layers(f2)
         return attention, self.head(attention)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-045
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-038
 def reverse(logits: Tensor) -> Tensor:
     """Reverse attention 1 - sigmoid(c), in [0, 1], computed as sigmoid(-c) so that small values survive."""
     return torch.sigmoid(-logits)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-048
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-041
 class ReverseAttention(nn.Module):
     """Refine a coarse map by looking where it is not: logits `(B, 1, h, w)` at the size of the features.
 
@@ -439,7 +439,7 @@ class ReverseAttention(nn.Module):
             x = functional.relu(layer(x))
         return self.head(x) + coarse
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-051
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-044
 def check_input(x: Tensor, multiple: int) -> None:
     """Accept float `(B, 1, H, W)` with sides that are multiples of `multiple`; else GeometryError."""
     if x.ndim != 4 or x.shape[1] != 1 or not x.is_floating_point():
@@ -500,12 +500,12 @@ class InfNet(nn.Module):
     def forward(self, x: Tensor) -> SideOutputs:
         return SideOutputs(*(resize_map(logits, x.shape[-2:]) for logits in self.decode(self.encode(x))))
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-055
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-048
 def count_parameters(module: nn.Module) -> int:
     """Number of trainable values in a module."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-064
+# %% ../../nbs/2_method/03_infnet.ipynb #cell-057
 PUBLISHED_NAMES = {
     "backbone.": "resnet.",
     **{f"rfb_{level}.{ours}.": f"rfb{level - 1}_1.{theirs}." for level in (3, 4, 5)
@@ -529,7 +529,7 @@ def published_name(name: str) -> str:
     ours = next(prefix for prefix in PUBLISHED_NAMES if name.startswith(prefix))
     return PUBLISHED_NAMES[ours] + name.removeprefix(ours)
 
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-067
+
 def load_published_checkpoint(path: str | Path, model: InfNet) -> list[str]:
     """Load a checkpoint of the published Inf-Net code; returns the names left out (the unused classifier).
 

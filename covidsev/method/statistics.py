@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'SUPPORTED', 'CONTRADICTED', 'UNDECIDED', 'NOT_TESTED', 'DIRECTIONS', 'MIN_PER_CLASS', 'CUT', 'Interval',
            'mean_interval', 'prediction_interval', 'Difference', 'welch', 'crossed_bootstrap', 'verdict', 'PairedTest',
-           'paired_wilcoxon', 'holm', 'Estimate', 'too_few', 'pairs', 'BlandAltman', 'bland_altman', 'icc',
-           'Bootstrapped', 'bootstrap', 'confusion_table', 'kappa_of', 'weighted_kappa', 'check_classes', 'auc_value',
-           'auc', 'PairedAuc', 'compare_auc', 'roc_points', 'wilson', 'at_cut', 'correlation', 'agreement_rows',
-           'discrimination_rows']
+           'paired_wilcoxon', 'holm', 'Estimate', 'too_few', 'pairs', 'BlandAltman', 'bland_altman', 'icc', 'bootstrap',
+           'confusion_table', 'kappa_of', 'weighted_kappa', 'check_classes', 'auc_value', 'auc', 'PairedAuc',
+           'compare_auc', 'roc_points', 'wilson', 'at_cut', 'correlation', 'agreement_rows', 'discrimination_rows']
 
 # %% ../../nbs/2_method/12_statistics.ipynb #cell-002
 from collections.abc import Callable, Sequence
@@ -54,7 +53,7 @@ def prediction_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     stretch = np.sqrt(np.size(values) + 1)
     return Interval(mean, mean + stretch * (low - mean), mean + stretch * (high - mean))
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-010
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-009
 class Difference(NamedTuple):
     """A difference, its interval, and the two-sided p of no difference; NaN where there is none."""
 
@@ -75,7 +74,7 @@ def welch(one: ArrayLike, other: ArrayLike, level: float = 0.95) -> Difference:
     test = stats.ttest_ind(one, other, equal_var=False)
     return Difference(value, *map(float, test.confidence_interval(level)), float(test.pvalue))
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-014
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-012
 def _totals(table: NDArray[np.float64], scan: NDArray[np.intp]) -> tuple[NDArray, NDArray]:
     """Sums and numbers of values, each (seeds, scans), of a table (seeds, slices); NaN is no value."""
     member = np.eye(scan.max() + 1)[scan]
@@ -112,7 +111,7 @@ def crossed_bootstrap(one: ArrayLike, other: ArrayLike | None = None, groups: Se
     drawn = np.subtract.reduce([_drawn_means(table, scan, scans, rng) for table in tables])
     return Interval(float(value), *map(float, np.nanpercentile(drawn, [50 * (1 - level), 50 * (1 + level)])))
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-018
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-015
 OUTCOMES = SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested"
 DIRECTIONS = ("higher", "lower", "same")
 
@@ -133,7 +132,7 @@ def verdict(low: float, high: float, direction: str = "higher", margin: float = 
         return SUPPORTED
     return CONTRADICTED if high < inside[0] or low > inside[1] else UNDECIDED
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-021
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-018
 class PairedTest(NamedTuple):
     """Wilcoxon signed-rank: two-sided p, median of a - b; pairs used, dropped for NaN, without difference."""
 
@@ -168,7 +167,7 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     corrected[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * np.arange(order.size, 0, -1)))
     return corrected
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-026
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-022
 MIN_PER_CLASS = 5
 
 
@@ -190,7 +189,7 @@ def too_few(n: int, what: str = "patients") -> str:
     """Why `n` are not enough, or nothing where they are."""
     return "" if n >= MIN_PER_CLASS else f"too few: {n} {what}, at least {MIN_PER_CLASS} are needed"
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-029
+
 def pairs(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Two columns of scores of the same patients, both float64, without the pairs that have a gap.
 
@@ -204,7 +203,7 @@ def pairs(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.float64], NDA
     kept = ~(np.isnan(first) | np.isnan(second))
     return first[kept], second[kept]
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-033
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-026
 @dataclass(frozen=True)
 class BlandAltman:
     """Bias and limits of agreement, each with its interval, and the slope of difference over mean with its p.
@@ -248,7 +247,7 @@ def bland_altman(measured: ArrayLike, reference: ArrayLike, level: float = 0.95)
     reason = "" if line else "all differences, or all means, are the same: no slope"
     return BlandAltman(n, *map(float, numbers), reason=reason)
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-039
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-030
 def _mean_squares(table: NDArray[np.float64]) -> tuple[float, float, float]:
     """Mean squares of patients (rows), readers (columns), and the rest of a two-way table."""
     n, k = table.shape
@@ -293,15 +292,7 @@ def icc(ratings: ArrayLike, level: float = 0.95) -> Estimate:
         return Estimate(float(value), None, None, n, "the readers differ by a constant only: no interval")
     return Estimate(float(value), *_icc_interval(value, squares, n, k, level), n)
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-044
-class Bootstrapped(NamedTuple):
-    """An `Estimate`, the draws that it rests on, and how many draws had to be redrawn (one class only)."""
-
-    estimate: Estimate
-    draws: int
-    redrawn: int
-
-
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-033
 def _members(groups: Sequence | None, n: int) -> list[NDArray[np.intp]]:
     """The rows of each patient."""
     if groups is None:
@@ -315,32 +306,29 @@ def _members(groups: Sequence | None, n: int) -> list[NDArray[np.intp]]:
 
 def bootstrap(statistic: Callable[..., float | None], *columns: ArrayLike, groups: Sequence | None = None,
               draws: int = 2000, seed: int = 0, level: float = 0.95,
-              reason: str = "cannot be computed from these patients") -> Bootstrapped:
+              reason: str = "cannot be computed from these patients") -> Estimate:
     """Percentile interval of `statistic(*columns)` over patients drawn with replacement.
 
     columns: arrays (n,) that are drawn together; `groups` names the patient of each row. A draw for which
-    the statistic is None is drawn again and counted; after 10 times `draws` of those there is no interval,
-    nor where every draw gives one number: that is no certainty."""
+    the statistic is None is drawn again; after 10 times `draws` of those there is no interval, nor where every
+    draw gives one number: that is no certainty."""
     columns, rng = [np.asarray(column) for column in columns], np.random.default_rng(seed)
     patients, values, redrawn = _members(groups, len(columns[0])), [], 0
     value = statistic(*columns)
     if value is None:
-        return Bootstrapped(_nothing(len(patients), reason), 0, 0)
+        return _nothing(len(patients), reason)
     while len(values) < draws and redrawn <= 10 * draws:
         rows = np.concatenate([patients[k] for k in rng.integers(len(patients), size=len(patients))])
         drawn = statistic(*(column[rows] for column in columns))
         values += [] if drawn is None else [drawn]
         redrawn += drawn is None
-    if len(values) < draws:
-        return Bootstrapped(Estimate(float(value), None, None, len(patients), f"{redrawn} empty draws"),
-                            len(values), redrawn)
-    if np.ptp(values) == 0:
-        same = Estimate(float(value), None, None, len(patients), "the same in every draw: no interval")
-        return Bootstrapped(same, draws, redrawn)
+    if len(values) < draws or np.ptp(values) == 0:
+        why = f"{redrawn} empty draws" if len(values) < draws else "the same in every draw: no interval"
+        return Estimate(float(value), None, None, len(patients), why)
     low, high = np.percentile(values, [50 * (1 - level), 50 * (1 + level)])
-    return Bootstrapped(Estimate(float(value), float(low), float(high), len(patients)), draws, redrawn)
+    return Estimate(float(value), float(low), float(high), len(patients))
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-047
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-036
 def confusion_table(measured: Sequence, reference: Sequence, classes: Sequence) -> NDArray[np.int64]:
     """Patients by reference class (rows) and measured class (columns), in the order of `classes`.
 
@@ -384,9 +372,9 @@ def weighted_kappa(measured: Sequence, reference: Sequence, classes: Sequence, d
 
     columns = [[known[name] for name in column] for column in (measured, reference)]
     return bootstrap(kappa, *columns, groups=groups, draws=draws, seed=seed,
-                     reason="all patients are in one class").estimate
+                     reason="all patients are in one class")
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-052
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-039
 def check_classes(scores: ArrayLike, labels: ArrayLike,
                   constant: bool = False) -> tuple[NDArray[np.float64], NDArray[np.bool_], str]:
     """Scores and labels (True: severe) without gaps, and why nothing can be said from them, or "".
@@ -437,7 +425,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, level: float = 0.95) -> Estimate:
     half = stats.norm.ppf((1 + level) / 2) * error
     return Estimate(value, float(max(value - half, 0)), float(min(value + half, 1)), scores.size)
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-055
+
 class PairedAuc(NamedTuple):
     """AUC of `first` minus that of `second` on the same patients, its interval, and DeLong's two-sided p."""
 
@@ -468,7 +456,7 @@ def compare_auc(first: ArrayLike, second: ArrayLike, labels: ArrayLike, level: f
     p_value = float(2 * stats.norm.sf(abs(difference) / error))
     return PairedAuc(difference, difference - half, difference + half, p_value, len(table))
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-059
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-042
 def roc_points(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray, NDArray]:
     """False positive rate, sensitivity and cut of every step of the curve: score >= cut is called severe.
 
@@ -480,7 +468,7 @@ def roc_points(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray, 
     called = scores >= cuts[:, None]
     return called[:, ~truth].mean(axis=1), called[:, truth].mean(axis=1), cuts
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-062
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-045
 CUT = 19.5  # CT-SS above it is severe: Yang et al. 2020
 
 
@@ -508,7 +496,7 @@ def at_cut(scores: ArrayLike, labels: ArrayLike, cut: float = CUT) -> dict[str, 
               (~called & ~truth, ~called))
     return {name: wilson(int(hit.sum()), int(of.sum())) for name, (hit, of) in zip(names, shares)}
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-066
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-048
 def correlation(first: ArrayLike, second: ArrayLike, kind: str = "spearman", level: float = 0.95) -> Estimate:
     """Spearman's or Pearson's correlation of two scores of the same patients, with Fisher's interval."""
     check_choice("kind of correlation", kind, ("spearman", "pearson"))
@@ -526,7 +514,7 @@ def correlation(first: ArrayLike, second: ArrayLike, kind: str = "spearman", lev
     low, high = np.tanh(np.arctanh(value) + np.array([-half, half]))
     return Estimate(value, float(low), float(high), first.size)
 
-# %% ../../nbs/2_method/12_statistics.ipynb #cell-069
+# %% ../../nbs/2_method/12_statistics.ipynb #cell-051
 def _row(metric: str, each: Estimate) -> dict[str, Any]:
     return {"metric": metric, **each._asdict()}
 
@@ -543,7 +531,7 @@ def agreement_rows(measured: ArrayLike, reference: ArrayLike) -> list[dict[str, 
             for name, field in names.items()]
     error = _nothing(ours.size, few)
     if not few:
-        error = bootstrap(lambda x: float(x.mean()), np.abs(ours - theirs)).estimate
+        error = bootstrap(lambda x: float(x.mean()), np.abs(ours - theirs))
     single = {"slope": Estimate(plot.slope, None, None, plot.n, plot.reason),
               "slope p": Estimate(plot.slope_p, None, None, plot.n, plot.reason),
               "mean absolute error": error, "ICC(2,1)": icc(np.c_[ours, theirs]),
@@ -553,15 +541,13 @@ def agreement_rows(measured: ArrayLike, reference: ArrayLike) -> list[dict[str, 
 
 def discrimination_rows(scores: ArrayLike, labels: ArrayLike, cut: float | None = CUT,
                         groups: Sequence | None = None) -> list[dict[str, Any]]:
-    """AUC with DeLong's and with the bootstrap's interval, redrawn draws, and what holds at `cut`, as rows.
+    """AUC with DeLong's and with the bootstrap's interval, and what holds at `cut`, as rows.
 
     groups: the patient of each row, so that whole patients are drawn."""
     kept = ~np.isnan(_numbers(scores)) & ~np.isnan(_numbers(labels))
     scores, truth, reason = check_classes(scores, labels)
     patients = None if groups is None else np.asarray(groups)[kept]
-    drawn = Bootstrapped(_nothing(scores.size, reason), 0, 0) if reason else bootstrap(
-        auc_value, scores, truth, groups=patients)
-    rows = [_row("AUC (DeLong)", auc(scores, truth)), _row("AUC (bootstrap)", drawn.estimate),
-            _row("bootstrap redrawn", Estimate(float(drawn.redrawn), None, None, drawn.draws))]
+    drawn = _nothing(scores.size, reason) if reason else bootstrap(auc_value, scores, truth, groups=patients)
+    rows = [_row("AUC (DeLong)", auc(scores, truth)), _row("AUC (bootstrap)", drawn)]
     of_cut = {} if cut is None else at_cut(scores, truth, cut)
     return rows + [_row(name, each) for name, each in of_cut.items()]
