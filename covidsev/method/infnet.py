@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +20,12 @@ from ..core import (CheckpointError, ChecksumError, ConfigError, DataMissingErro
 from .losses import SideOutputs
 
 # %% auto #0
-__all__ = ['BACKBONES', 'IMAGENET_WEIGHTS', 'PUBLISHED_NAMES', 'PUBLISHED_UNUSED', 'ConvBN', 'resize_map', 'Pyramid',
-           'DecoderWidths', 'Bottleneck', 'Res2NetBlock', 'initialise_he', 'ResNet50', 'Res2Net50', 'ResidualBlock',
-           'SmallResNet', 'read_weights', 'check_fits', 'load_weights', 'WeightFile', 'initialise_backbone',
-           'check_digest', 'fetch_weights', 'ReceptiveFieldBlock', 'ParallelPartialDecoder', 'EdgeAttention', 'reverse',
-           'ReverseAttention', 'check_input', 'InfNet', 'count_parameters', 'published_name',
-           'load_published_checkpoint']
+__all__ = ['BACKBONES', 'IMAGENET_WEIGHTS', 'PUBLISHED_NAMES', 'PUBLISHED_UNUSED', 'ConvBN', 'bilinear_weights', 'resize_map',
+           'dense', 'own_gradient', 'join', 'Pyramid', 'DecoderWidths', 'Bottleneck', 'Res2NetBlock', 'initialise_he',
+           'ResNet50', 'Res2Net50', 'ResidualBlock', 'SmallResNet', 'read_weights', 'check_fits', 'load_weights',
+           'WeightFile', 'initialise_backbone', 'check_digest', 'fetch_weights', 'ReceptiveFieldBlock',
+           'ParallelPartialDecoder', 'EdgeAttention', 'reverse', 'ReverseAttention', 'check_input', 'InfNet',
+           'count_parameters', 'published_name', 'load_published_checkpoint']
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-007
 class ConvBN(nn.Module):
@@ -42,11 +43,44 @@ class ConvBN(nn.Module):
         return self.bn(self.conv(x))
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+@torch.no_grad()
+def bilinear_weights(inputs: int, outputs: int, device: torch.device) -> Tensor:
+    """What each of `outputs` places along an axis takes from each of `inputs`: float32 (outputs, inputs)."""
+    one_each = torch.eye(inputs, device=device)[None]
+    return functional.interpolate(one_each, size=outputs, mode="linear")[0].mT.contiguous()
+
+
 def resize_map(x: Tensor, size: tuple[int, int] | torch.Size, *, align_corners: bool = False) -> Tensor:
-    """Bilinear resize of `(B, C, H, W)` to a target size; returned as it is when it has that size already."""
-    if tuple(x.shape[-2:]) == tuple(size):
+    """Bilinear resize of `(B, C, H, W)` to a target size; returned as it is when it has that size already.
+
+    A map of one channel comes back as float32, whatever its precision."""
+    size = tuple(size)
+    if tuple(x.shape[-2:]) == size:
         return x
-    return functional.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
+    if x.shape[1] == 1 and not align_corners:
+        rows, columns = (bilinear_weights(n, m, x.device) for n, m in zip(x.shape[-2:], size))
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+            return rows @ x.float() @ columns.mT
+    return functional.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
+
+
+def dense(x: Tensor) -> Tensor:
+    """The same values `(B, C, H, W)` in memory of their own, channels last, whatever tensor they are a slice of."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def own_gradient(x: Tensor) -> Tensor:
+    """`x` itself, whose gradient will go back `dense`."""
+    if x.requires_grad:
+        x.register_hook(dense)
+    return x
+
+
+def join(*parts: Tensor) -> Tensor:
+    """Concatenation along the channels, each part with its `own_gradient`."""
+    return torch.cat([own_gradient(part) for part in parts], dim=1)
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-010
 class Pyramid(NamedTuple):
@@ -116,12 +150,12 @@ class Res2NetBlock(nn.Module):
         return nn.Sequential(pool, nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        *parts, last = self.relu(self.bn1(self.conv1(x))).chunk(self.splits, dim=1)
+        *parts, last = map(dense, self.relu(self.bn1(self.conv1(x))).chunk(self.splits, dim=1))
         outputs: list[Tensor] = []
         for part, conv, norm in zip(parts, self.convs, self.bns, strict=True):
             fed = part + outputs[-1] if outputs and self.chained else part
             outputs.append(functional.relu(norm(conv(fed))))
-        y = torch.cat([*outputs, self.pool(last)], dim=1)
+        y = join(*outputs, self.pool(last))
         return self.relu(self.bn3(self.conv3(y)) + self.downsample(x))
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-013
@@ -373,7 +407,7 @@ class ReceptiveFieldBlock(nn.Module):
         return nn.Sequential(ConvBN(inputs, outputs, 1), *cross, ConvBN(outputs, outputs, 3, dilation=reach))
 
     def forward(self, x: Tensor) -> Tensor:
-        merged = self.merge(torch.cat([branch(x) for branch in self.branches], dim=1))
+        merged = self.merge(join(*(branch(x) for branch in self.branches)))
         return functional.relu(merged + self.shortcut(x))
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-032
@@ -393,9 +427,9 @@ class ParallelPartialDecoder(nn.Module):
         r4_at_3 = resize_map(r4, r3.shape[-2:], align_corners=True)
         agree_4 = self.up[0](at_4) * r4
         agree_3 = self.up[1](at_3) * self.up[2](r4_at_3) * r3
-        joined_4 = self.join_4(torch.cat([agree_4, self.up[3](at_4)], dim=1))
+        joined_4 = self.join_4(join(agree_4, self.up[3](at_4)))
         joined_4_at_3 = resize_map(joined_4, r3.shape[-2:], align_corners=True)
-        joined_3 = self.join_3(torch.cat([agree_3, self.up[4](joined_4_at_3)], dim=1))
+        joined_3 = self.join_3(join(agree_3, self.up[4](joined_4_at_3)))
         return self.head(self.refine(joined_3))
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-035
@@ -434,7 +468,8 @@ class ReverseAttention(nn.Module):
     def forward(self, features: Tensor, coarse: Tensor, attention: Tensor) -> Tensor:
         size = features.shape[-2:]
         coarse = resize_map(coarse, size)
-        x = torch.cat([self.reduce(reverse(coarse) * features), resize_map(attention, size)], dim=1)
+        looked_at = reverse(coarse).to(features.dtype) * features
+        x = join(self.reduce(looked_at), resize_map(attention, size))
         for layer in self.body:
             x = functional.relu(layer(x))
         return self.head(x) + coarse

@@ -75,7 +75,7 @@ def check_masks(prediction: ArrayLike, truth: ArrayLike) -> tuple[NDArray[np.boo
     _check_shapes(prediction, truth)
     return prediction, truth
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-012
+
 Images = Iterable[ArrayLike]  # arrays (H, W), each of its own size
 
 
@@ -87,7 +87,7 @@ def check_pairs(maps: Images, truths: Images) -> list[tuple[ArrayLike, ArrayLike
                           found=f"{len(maps)} maps, {len(truths)} truths")
     return list(zip(maps, truths))
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-016
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-013
 class Counts(NamedTuple):
     """Pixels by prediction and truth; whole numbers, or arrays with one entry per threshold."""
 
@@ -103,7 +103,7 @@ def confusion(prediction: ArrayLike, truth: ArrayLike) -> Counts:
     predicted, true, tp = (int(np.count_nonzero(mask)) for mask in (prediction, truth, prediction & truth))
     return Counts(tp, predicted - tp, true - tp, truth.size - predicted - true + tp)
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-019
+
 EMPTY_RULES = {"exclude": float("nan"), "one": 1.0, "zero": 0.0}
 
 
@@ -124,7 +124,7 @@ def overlap(counts: Counts, empty: str = "exclude") -> dict[str, float]:
             "sensitivity": _ratio(tp, tp + fn, fill), "specificity": _ratio(tn, tn + fp, float("nan")),
             "precision": _ratio(tp, tp + fp, fill)}
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-023
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-016
 def dsc(segmentation: ArrayLike, reference: ArrayLike, empty: str = "exclude") -> float:
     """Dice similarity coefficient of two masks of one shape, eq. (6): 2|R∩S| / (|R|+|S|), in [0, 1].
 
@@ -134,7 +134,7 @@ def dsc(segmentation: ArrayLike, reference: ArrayLike, empty: str = "exclude") -
 
 dice = dsc
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-028
+
 def _check_threshold(threshold: float) -> float:
     """`threshold` if it lies in [0, 1]; `ConfigError` otherwise."""
     if not 0 <= threshold <= 1:
@@ -155,7 +155,7 @@ def pooled_dice(probs: Images, truths: Images, threshold: float = 0.5, empty: st
     each = [confusion(as_map(p) >= threshold, truth) for p, truth in check_pairs(probs, truths)]
     return overlap(Counts(*np.sum(each, axis=0)), empty)["dice"]
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-033
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-021
 def _outline(mask: NDArray[np.bool_], spacing: Sequence[float]) -> NDArray[np.float64]:
     """Positions (n, axes) of the outline pixels of `mask`, in units of `spacing`."""
     return np.argwhere(mask & ~ndimage.binary_erosion(mask)) * np.asarray(spacing)
@@ -192,7 +192,7 @@ def hd95(prediction: ArrayLike, truth: ArrayLike, spacing: Sequence[float] | Non
     nearest = [KDTree(target).query(source)[0] for source, target in (outlines, outlines[::-1])]
     return float(max(np.percentile(distances, 95) for distances in nearest))
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-039
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-025
 def _stretch(values: NDArray, low: float, high: float) -> NDArray:
     """`values` moved so that `low` becomes 0 and `high` becomes 1; unchanged where these are equal."""
     return (values - low) / (high - low) if high > low else values
@@ -215,13 +215,13 @@ def grey_histograms(levels: NDArray, truth: NDArray[np.bool_], bins: int = 256) 
     codes = levels.ravel() + bins * truth.ravel().astype(np.intp)
     return np.bincount(codes, minlength=2 * bins).reshape(2, bins)
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-044
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-028
 def toolbox_thresholds() -> NDArray[np.float64]:
     """The 256 thresholds of MATLAB's `1:-1/255:0`, falling from 1 to 0, bit for bit."""
     step, k = -1 / 255, np.arange(128)
     return np.concatenate([1 + k * step, (0 - k * step)[::-1]])
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-048
+
 def counts_at(histograms: NDArray, values: NDArray, thresholds: ArrayLike, strict: bool = False) -> Counts:
     """The four counts at each threshold, of `histograms` (2, bins) whose bins have rising `values` (bins,).
 
@@ -231,7 +231,7 @@ def counts_at(histograms: NDArray, values: NDArray, thresholds: ArrayLike, stric
     (fp, tp), (n_outside, n_inside) = tails[:, first], histograms.sum(axis=1)
     return Counts(tp, fp, n_inside - tp, n_outside - fp)
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-052
+
 def toolbox_overlap(counts: Counts) -> dict[str, NDArray[np.float64]]:
     """Dice, sensitivity, specificity and precision in [0, 1] as the toolbox has them: all 0 where TP = 0."""
     tp, fp, fn, tn = (np.asarray(count, dtype=np.float64) for count in counts)
@@ -241,7 +241,7 @@ def toolbox_overlap(counts: Counts) -> dict[str, NDArray[np.float64]]:
     # a truth that fills the picture has no background: its specificity is 0, not 0/0
     return {name: np.where(found, part / np.maximum(whole, 1), 0.0) for name, (part, whole) in ratios.items()}
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-056
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-031
 _EPS = np.finfo(np.float64).eps
 
 
@@ -258,7 +258,7 @@ def e_measure(counts: Counts) -> NDArray[np.float64]:
     total = sum(count * _alignment(p - marked / n, g - true / n) for count, p, g in cells)
     return np.where(true == 0, n - marked, np.where(true == n, marked, total)) / (n - 1 + _EPS)
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-062
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-036
 def _centre(weight: NDArray) -> int:
     """The weighted mean position, counted from 1, rounded half up."""
     return int(np.floor(weight @ np.arange(1, weight.size + 1) / weight.sum() + 0.5))
@@ -275,7 +275,7 @@ def quadrant_histograms(levels: NDArray[np.uint8], truth: NDArray[np.bool_]) -> 
     quarters = [(r, c) for r in (slice(row), slice(row, None)) for c in (slice(column), slice(column, None))]
     return np.stack([grey_histograms(levels[quarter], truth[quarter]) for quarter in quarters])
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-066
+
 def _moments(histogram: NDArray, values: NDArray) -> tuple[float, float, float]:
     """Count, mean, and sum of squared deviations of a histogram. Exact for a constant, hence the offset."""
     n, offset = histogram.sum(), values[histogram.argmax()]
@@ -312,7 +312,7 @@ def s_measure(quadrants: NDArray, values: NDArray) -> float:
     of_region = sum(quarter.sum() / n * _quadrant_score(quarter, values) for quarter in quadrants)
     return max(0.0, float(0.5 * of_object + 0.5 * of_region))
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-071
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-040
 class ToolboxScores(NamedTuple):
     """One image: curves (256,) by name, adaptive scores by name, S-measure and MAE."""
 
@@ -342,7 +342,7 @@ def toolbox_image(probability: ArrayLike, truth: ArrayLike) -> ToolboxScores:
     curves = _scores_at(histograms, values, toolbox_thresholds())
     return ToolboxScores(curves, adaptive, s_measure(quadrants, values), float(mae))
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-077
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-046
 _PUBLISHED = {"dice": "Dice", "sensitivity": "Sen", "specificity": "Spe", "precision": "Pre",
               "e_measure": "Em"}
 
@@ -380,7 +380,7 @@ def threshold_curves(maps: Images, truths: Images) -> "pd.DataFrame":
     curves = _mean_of([toolbox_image(*pair).curves for pair in check_pairs(maps, truths)])
     return pd.DataFrame({"threshold": toolbox_thresholds(), **curves})
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-081
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-049
 def score_image(probability: ArrayLike, truth: ArrayLike, threshold: float = 0.5, *,
                 spacing: Sequence[float] | None = None, empty: str = "exclude") -> dict[str, float]:
     """The plain scores of one image, positive where p >= threshold.
@@ -409,7 +409,7 @@ def per_image(probs: Images, truths: Images, threshold: float = 0.5, *, ids: Seq
     rows = [score_image(*pair, threshold, spacing=spacing, empty=empty) for pair in pairs]
     return pd.DataFrame([{"id": name, **row} for name, row in zip(ids, rows)])
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-085
+
 _NOT_SCORES = ("id", "n_truth", "n_pred")
 
 
@@ -430,7 +430,7 @@ def summarise(table: "pd.DataFrame") -> "pd.DataFrame":
     rows += [(name, float(count), len(table)) for name, count in empty_counts(table).items()]
     return pd.DataFrame(rows, columns=["metric", "value", "n"])
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-089
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-052
 def dice_by_threshold(probs: Images, truths: Images, grid: ArrayLike) -> NDArray[np.float64]:
     """Dice (images, thresholds) at each threshold of a rising `grid`; NaN where both masks are empty."""
     grid = np.asarray(grid, dtype=np.float64)
@@ -459,7 +459,7 @@ def best_threshold(probs: Images, truths: Images, grid: ArrayLike = np.linspace(
     near_half = np.abs(np.asarray(grid) - 0.5)
     return float(np.asarray(grid)[np.lexsort((near_half, -means.round(12)))[0]])
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-094
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-056
 def _one_group_each(values: NDArray, groups: Sequence | None) -> NDArray[np.intp]:
     """The number of each value's group; for None each is its own. `ConfigError` if the lengths differ."""
     if groups is None:
@@ -488,7 +488,7 @@ def bootstrap_ci(values: ArrayLike, groups: Sequence | None = None, draws: int =
     low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-098
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-059
 def pictures_by_stem(folder: str | Path) -> dict[str, Path]:
     """The pictures of a folder by stem, in natural order.
 
@@ -536,7 +536,7 @@ def match_stems(maps: Iterable[str], truths: Iterable[str], allow_missing: bool 
         warnings.warn(f"{unused}: {_some(match.without_truth)}", stacklevel=3)
     return match
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-101
+
 def resize_map(probability: ArrayLike, shape: tuple[int, int]) -> NDArray[np.float64]:
     """A map (h, w) in [0, 1] at `shape` (H, W), rounded to k/255; unchanged if it has that shape already.
 
@@ -550,7 +550,7 @@ def resize_map(probability: ArrayLike, shape: tuple[int, int]) -> NDArray[np.flo
     picture = picture.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
     return np.clip(np.floor(255 * np.asarray(picture, dtype=np.float64) + 0.5), 0, 255) / 255
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-105
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-061
 class Evaluation(NamedTuple):
     """`summary` (columns metric, value), `per_image` (one row per image), and the stems without a partner."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core import CLASSES, ConfigError, GeometryError, check_choice
-from .infnet import BACKBONES, ConvBN, InfNet, ResidualBlock, check_input, initialise_he, resize_map
+from .infnet import BACKBONES, ConvBN, InfNet, ResidualBlock, check_input, initialise_he, join, own_gradient, resize_map
 from .losses import SideOutputs
 
 # %% auto #0
@@ -48,7 +48,7 @@ class UpStep(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.enlarge(x) if self.enlarge else resize_map(x, skip.shape[-2:], align_corners=self.align_corners)
-        return self.conv(torch.cat([skip, x], dim=1))
+        return self.conv(torch.cat([skip, own_gradient(x)], dim=1))
 
 # %% ../../nbs/2_method/04_unets.ipynb #cell-009
 class UShape(nn.Module):
@@ -138,7 +138,7 @@ class FeatureVariation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         u = functional.relu(self.enter(x), inplace=True)
         contrast, position = self.gates(u)
-        return x + functional.relu(self.fuse(torch.cat([u, u * contrast, u * position], dim=1)), inplace=True)
+        return x + functional.relu(self.fuse(join(u, u * contrast, u * position)), inplace=True)
 
 # %% ../../nbs/2_method/04_unets.ipynb #cell-025
 class ProgressivePyramid(nn.Module):
@@ -165,8 +165,8 @@ class ProgressivePyramid(nn.Module):
         near, far = a[0] + a[1], a[2] + a[3]
         m = [dilated(part) + pair for dilated, part, pair
              in zip(self.dilated, a, (near, near, far, far), strict=True)]
-        joined = [pair(torch.cat(m[2 * k:2 * k + 2], dim=1)) for k, pair in enumerate(self.pairs)]
-        return self.join(torch.cat(joined, dim=1))
+        joined = [pair(join(*m[2 * k:2 * k + 2])) for k, pair in enumerate(self.pairs)]
+        return self.join(join(*joined))
 
 # %% ../../nbs/2_method/04_unets.ipynb #cell-028
 SEGNET_STAGES = {"full": (64, 128, 256, 512), "small": (16, 32, 64, 128)}
