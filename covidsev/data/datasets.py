@@ -7,9 +7,9 @@ __all__ = ['SCAN_GROUPS', 'MISSING_SEMISEG', 'NOTE_FILE', 'PARTS', 'Slice', 'SUB
            'BRIGHT_BONE', 'SURE_VOTE', 'LABELLED_PEAKS', 'SliceSet', 'array_hash', 'mask_edge', 'stack_slices',
            'to_tensors', 'ScanGroup', 'scan_group', 'shares_scan_with_train', 'part_folder', 'split_parts',
            'find_covid_semiseg', 'read_note', 'read_split', 'load_covid_semiseg', 'write_covid_semiseg', 'load_phantom',
-           'Splits', 'carve', 'group_folds', 'nested_subset', 'check_disjoint', 'load_splits', 'UnlabelledSet',
-           'scan_of_name', 'load_unlabelled', 'ScanRule', 'spine_at_left', 'grey_peaks', 'scan_rule', 'harmonise',
-           'spread_over_scans', 'pool_tensors', 'pseudo_label_tensors', 'phantom_pool', 'phantom_pseudo_labels']
+           'Splits', 'group_folds', 'nested_subset', 'check_disjoint', 'load_splits', 'UnlabelledSet', 'scan_of_name',
+           'load_unlabelled', 'ScanRule', 'spine_at_left', 'grey_peaks', 'scan_rule', 'harmonise', 'spread_over_scans',
+           'pool_tensors', 'pseudo_label_tensors', 'phantom_pool', 'phantom_pseudo_labels']
 
 # %% ../../nbs/1_data/03_datasets.ipynb #be0532a2
 import hashlib
@@ -315,13 +315,14 @@ def write_covid_semiseg(folder: str | Path, **splits: SliceSet) -> Path:
         for slice_id, image, labels in zip(slices.ids, slices.images, slices.labels, strict=True):
             infected = Image.fromarray(np.uint8(255) * (labels > 0))
             pictures = {f"{binary}/Imgs": Image.fromarray(image), f"{binary}/GT": infected,
-                        f"{multi}/Imgs": Image.fromarray(image), f"{multi}/GT": palette_picture(labels)}
+                        f"{multi}/Imgs": Image.fromarray(image),
+                        f"{multi}/GT": palette_picture(labels)}
             for place, picture in pictures.items():
                 _write_png(Path(folder) / parent / place / f"{slice_id}.png", picture)
     return Path(folder)
 
 # %% ../../nbs/1_data/03_datasets.ipynb #73076754
-_PHANTOM_STREAMS = {"train": 0, "val": 1, "test": 2, "pool": 3_000_000}  # far from the seeds in use
+_PHANTOM_STREAMS = {"train": 0, "test": 2, "pool": 3_000_000}  # far from the seeds in use
 
 
 def load_phantom(split: str, n: int, size: int, seed: int = 0) -> SliceSet:
@@ -337,10 +338,9 @@ def load_phantom(split: str, n: int, size: int, seed: int = 0) -> SliceSet:
 
 # %% ../../nbs/1_data/03_datasets.ipynb #3887ba76
 class Splits(NamedTuple):
-    """The three sets of an experiment."""
+    """The two sets of an experiment."""
 
     train: SliceSet
-    val: SliceSet
     test: SliceSet
 
 
@@ -349,62 +349,34 @@ def _stratified_order(values: Sequence[float], n: int, generator: np.random.Gene
     ..."""
     ranked = np.argsort(values, kind="stable")
     strata = [list(generator.permutation(part)) for part in np.array_split(ranked, n)]
-    rounds = [
-        [part[turn] for part in strata if turn < len(part)] for turn in range(max(map(len,
-        strata)))]
+    longest = max(map(len, strata))
+    rounds = [[part[turn] for part in strata if turn < len(part)] for turn in range(longest)]
     return [int(index) for chosen in rounds for index in generator.permutation(chosen)]
 
 
-def carve(slices: SliceSet, n: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of (the rest, a sample of `n` slices made of whole groups), each in order of the set.
-
-    The groups come in an order drawn with `seed`, spread over `n` strata of the infected share, and
-    are taken where they fit; one of more than n/4 slices (and more than 2) stays in the rest.
-    `ConfigError` if `n` cannot be reached."""
-    members: dict[str, list[int]] = {}
-    for index, group in enumerate(slices.groups):
-        members.setdefault(group, []).append(index)
-    small = [group for group in members.values() if len(group) <= max(2, n // 4)]
-    share = [np.mean([slices.infection(index).mean() for index in group]) for group in small]
-    chosen: set[int] = set()
-    for number in _stratified_order(share, max(n, 1), np.random.default_rng(seed)):
-        chosen |= set(small[number]) if len(chosen) + len(small[number]) <= n else set()
-    if len(chosen) != n or n >= len(slices):
-        raise ConfigError(f"cannot carve {n} slices from {len(slices)} by whole groups",
-                          found=f"{len(chosen)} reached",
-                          expected="a smaller validation split",
-                          fix="choose another number of validation slices")
-    return [index for index in range(len(slices)) if index not in chosen], sorted(chosen)
-
-
-def group_folds(slices: SliceSet, k: int, seed: int) -> list[list[int]]:
-    """Indices of the slices in `k` folds of whole groups, about equal in number and in infected
-    share.
+def group_folds(slices: SliceSet, k: int, seed: int = 0) -> np.ndarray:
+    """The fold 0 .. k-1 of each slice, int64: whole groups, alike in number and in infected share.
 
     Large groups are dealt first, then the others from the most infected down, `k` at a time in an
     order drawn with `seed`; each goes to the least infected fold that has room for it.
     `ConfigError` for fewer groups than k."""
-    members: dict[str, list[int]] = {}
-    for index, group in enumerate(slices.groups):
-        members.setdefault(group, []).append(index)
-    groups = list(members.values())
+    groups, owner, sizes = np.unique(slices.groups, return_inverse=True, return_counts=True)
     if not 2 <= k <= len(groups):
         raise ConfigError("cannot make that many folds of whole groups",
-                          found=f"{k} folds of {len(groups)} groups",
+                          found=f"{k} folds of {len(slices)} slices in {len(groups)} groups",
                           expected=f"2 to {len(groups)}")
-    share = [float(np.mean([slices.infection(index).mean() for index in group])) for group in
-             groups]
-    ranked, rng = np.argsort(share)[::-1], np.random.default_rng(seed)
-    order = [int(one) for start in range(0, len(groups), k) for one in
-             rng.permutation(ranked[start:start + k])]
-    folds, infected = [[] for _ in range(k)], [0.0] * k
-    for number in sorted(order, key=lambda number: -len(groups[number])):
-        room = [fold for fold in range(k) if len(folds[fold]) + len(groups[number]) <=
-                -(-len(slices) // k)]
-        chosen = min(room or range(k), key=lambda fold: (infected[fold], len(folds[fold])))
-        folds[chosen] += groups[number]
-        infected[chosen] += len(groups[number]) * share[number]
-    return [sorted(fold) for fold in folds]
+    total = np.bincount(owner, [slices.infection(index).mean() for index in range(len(slices))])
+    ranked, rng = np.argsort(total / sizes)[::-1], np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(ranked[start:start + k])
+                            for start in range(0, len(groups), k)])
+    folds, counts, infected = np.zeros(len(groups), int), np.zeros(k, int), np.zeros(k)
+    for group in order[np.argsort(-sizes[order], kind="stable")]:
+        room = np.flatnonzero(counts + sizes[group] <= -(-len(slices) // k))
+        chosen = min(room if len(room) else range(k), key=lambda fold: infected[fold])
+        folds[group] = chosen
+        counts[chosen] += sizes[group]
+        infected[chosen] += total[group]
+    return folds[owner]
 
 
 SUBSET_STRATA = 10  # of the infected share, for subsets of the training slices
@@ -451,7 +423,7 @@ def check_disjoint(*, known: Collection[str] = (), **splits: SliceSet) -> list[s
     if leaks:
         raise LeakageError("the splits share patients, scans or images", found="; ".join(leaks),
                            expected="each in one split only",
-                           fix="split by group, see covidsev.data.datasets.carve")
+                           fix="split by group, see covidsev.data.datasets.group_folds")
     return notices
 
 # %% ../../nbs/1_data/03_datasets.ipynb #87368a9d
@@ -459,38 +431,23 @@ KNOWN_SHARED_GROUPS = tuple(f"medseg1:{name}" for name, group in SCAN_GROUPS.ite
                             and group.test)
 
 
-def _phantom_splits(size: int, n_train: int | None, n_val: int, n_test: int | None, seed:
-                    int) -> Splits:
-    """Phantom train, validation and test sets of separate patients."""
-    counts = {"train": 24 if n_train is None else n_train, "val": n_val, "test": n_test or 12}
-    if counts["train"] < 1:
-        raise ConfigError("training needs at least one slice", found=f"n_train = {n_train}")
-    return Splits(**{split: load_phantom(split, n, size, seed) for split, n in counts.items()})
+def load_splits(data: str, *, root: str | Path | None = None, size: int = 352,
+                n_train: int | None = None, n_test: int | None = None, seed: int = 0) -> Splits:
+    """Training and test set of "phantom" or "covid-semiseg", checked for leaks.
 
-
-def _semiseg_splits(root: str | Path | None, n_train: int | None, n_val: int, n_test: int | None,
-                    seed: int) -> Splits:
-    """Validation carved from the 50 training slices; the test slices in their fixed order."""
-    published, test = load_covid_semiseg(root, "train"), load_covid_semiseg(root, "test")
-    rest, validation = carve(published, n_val, seed)
-    train, val = published.subset(rest), published.subset(validation)
-    train = train if n_train is None else train.subset(nested_subset(train, n_train, seed))
-    train.name, val.name = "covid-semiseg/train", "covid-semiseg/val"
-    return Splits(train, val, test.subset(range(len(test))[:n_test]))
-
-
-def load_splits(data: str, *, root: str | Path | None = None, size: int = 352, n_train: int | None =
-                None, val_slices: int = 10, split_seed: int = 0, n_test: int | None =
-                None) -> Splits:
-    """Train, validation and test sets of "phantom" or "covid-semiseg", checked for leaks.
-
-    `size` is the side of phantom slices (real slices keep their own). `n_train` (nested subsets)
-    and `n_test` limit the sets (phantom: 24 and 12); `val_slices` may be 0. The same `split_seed`
-    gives the same slices. `ConfigError` for impossible numbers; `DataMissingError` if real data is
-    asked for and not there: never the phantom instead."""
-    check_choice("data set", data, ["phantom", "covid-semiseg"])
-    splits = (_phantom_splits(size, n_train, val_slices, n_test, split_seed) if data == "phantom"
-              else _semiseg_splits(root, n_train, val_slices, n_test, split_seed))
+    `size` is the side of phantom slices (real slices keep their own). `n_train` slices are drawn
+    with `seed`, nested (None: all; phantom: 24); `n_test` are the first ones (None: all; phantom:
+    12). `ConfigError` for impossible numbers; `DataMissingError` if real data is asked for and not
+    there: never the phantom instead."""
+    if check_choice("data set", data, ["phantom", "covid-semiseg"]) == "phantom":
+        if n_train is not None and n_train < 1:
+            raise ConfigError("training needs at least one slice", found=f"n_train = {n_train}")
+        counts = {"train": n_train or 24, "test": n_test or 12}
+        splits = Splits(*(load_phantom(split, n, size, seed) for split, n in counts.items()))
+    else:
+        train, test = load_covid_semiseg(root, "train"), load_covid_semiseg(root, "test")
+        train = train if n_train is None else train.subset(nested_subset(train, n_train, seed))
+        splits = Splits(train, test.subset(range(len(test))[:n_test]))
     check_disjoint(known=KNOWN_SHARED_GROUPS, **splits._asdict())
     return splits
 

@@ -27,13 +27,13 @@ from ..core import (CLASSES, CONSOLIDATION, GGO, CheckpointError, ConfigError, G
                            NonFiniteError, check_choice, environment, git_commit, read_json,
                            repo_root, resolve_device, resolve_precision, seed_everything, write_csv,
                            write_json)
-from ..data.datasets import (KNOWN_SHARED_GROUPS, SliceSet, Splits, check_disjoint,
+from ..data.datasets import (KNOWN_SHARED_GROUPS, SliceSet, Splits, check_disjoint, group_folds,
                                     load_splits, shares_scan_with_train, to_tensors)
 from ..method.inference import iterate_logits, slice_logits
 from ..method.infnet import check_fits, count_parameters, resize_map
 from ..method.inpainting import TransferReport
 from ..method.metrics import dsc, per_image, pooled_dice, summarise, toolbox
-from ..method.multiclass import class_dice, class_table, classes_of, fold_assignments, prior_tensor
+from ..method.multiclass import class_dice, class_table, classes_of, prior_tensor
 from ..method.training import (MULTI, SINGLE, FitResult, TrainConfig, evaluate_loss, fit,
                                       joined, load_checkpoint)
 from ..method.unets import MODELS, MultiClassUNet, build_network
@@ -74,7 +74,7 @@ def load_run_data(settings: Mapping[str, Any]) -> Splits:
     drawn = 0 if settings["data"] == "phantom" else settings["seed"]
     return load_splits(settings["data"], root=settings.get("data_root") or None,
                        size=settings["size"], n_train=settings.get("n_train"),
-                       n_test=settings.get("n_test"), val_slices=0, split_seed=drawn)
+                       n_test=settings.get("n_test"), seed=drawn)
 
 
 def known_shared(splits: Splits) -> list[bool]:
@@ -299,7 +299,7 @@ def out_of_fold(settings: Mapping[str, Any], slices: SliceSet, n_folds: int) -> 
     """Trains `n_folds` networks of these settings, each on the other folds' slices, and predicts.
 
     LeakageError where a scan or an image stands on both sides; ConfigError for more folds than scans."""
-    folds = fold_assignments(slices.groups, n_folds)
+    folds = group_folds(slices, n_folds)
     logits, fits = [None] * len(slices), {}
     for fold in range(n_folds):
         name, mine = f"fold{fold}", np.flatnonzero(folds == fold)

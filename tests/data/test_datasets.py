@@ -12,10 +12,10 @@ from PIL import Image
 
 from covidsev.core import (ConfigError, DataMissingError, GeometryError, IntensityError, LeakageError, MaskError,
                            ReadError, data_root)
-from covidsev.data.datasets import (KNOWN_SHARED_GROUPS, LABELLED_PEAKS, SCAN_GROUPS, ScanRule, SliceSet, carve,
-                                    check_disjoint, find_covid_semiseg, grey_peaks, harmonise, load_covid_semiseg,
+from covidsev.data.datasets import (KNOWN_SHARED_GROUPS, LABELLED_PEAKS, SCAN_GROUPS, ScanRule, SliceSet,
+                                    check_disjoint, find_covid_semiseg, grey_peaks, group_folds, harmonise, load_covid_semiseg,
                                     load_phantom, load_splits, load_unlabelled, mask_edge, nested_subset, phantom_pool,
-                                    phantom_pseudo_labels, pool_tensors, pseudo_label_tensors, scan_group,
+                                    phantom_pseudo_labels, pool_tensors, pseudo_label_tensors,
                                     scan_of_name, scan_rule, shares_scan_with_train, spread_over_scans, to_tensors,
                                     write_covid_semiseg)
 from covidsev.data.pictures import read_mask, resize_image
@@ -116,38 +116,14 @@ def test_binary_and_multi_class_masks_must_agree(tmp_path):
 # --- sets, splits, leaks ----------------------------------------------------------------------------------
 
 def test_phantom_splits_are_separate_repeatable_and_marked():
-    first = load_splits("phantom", size=64, n_train=5, val_slices=4, n_test=3, split_seed=1)
-    again = load_splits("phantom", size=64, n_train=5, val_slices=4, n_test=3, split_seed=1)
-    assert [len(each) for each in first] == [5, 4, 3] and {each.kind for each in first} == {"phantom"}
+    first = load_splits("phantom", size=64, n_train=5, n_test=3, seed=1)
+    again = load_splits("phantom", size=64, n_train=5, n_test=3, seed=1)
+    assert [len(each) for each in first] == [5, 3] and {each.kind for each in first} == {"phantom"}
     assert [each.content_hash() for each in first] == [each.content_hash() for each in again]
-    other = load_splits("phantom", size=64, n_train=5, val_slices=4, n_test=3, split_seed=2)
+    other = load_splits("phantom", size=64, n_train=5, n_test=3, seed=2)
     assert not {each.content_hash() for each in first} & {each.content_hash() for each in other}
     assert first.train.images[0].shape == (64, 64) and first.train.groups[0] == first.train.groups[1]
     assert not any(shares_scan_with_train(first.test))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 12), min_size=12, max_size=40), st.integers(2, 6), st.integers(0, 10**6))
-def test_carving_takes_whole_groups_and_is_repeatable(groups, n, seed):
-    published = slices([str(k) for k in range(len(groups))], [f"g{group}" for group in groups])
-    try:
-        rest, chosen = carve(published, n, seed)
-    except ConfigError as error:
-        assert "cannot carve" in str(error)
-        return
-    assert len(chosen) == n and sorted(rest + chosen) == list(range(len(groups)))
-    assert not {groups[index] for index in rest} & {groups[index] for index in chosen}
-    assert (rest, chosen) == carve(published, n, seed)
-
-
-def test_validation_is_spread_over_the_infected_share():
-    labels = [np.zeros((40, 40), np.uint8) for _ in range(30)]
-    for index, label in enumerate(labels):
-        label[:index + 1] = 1
-    published = replace(slices([str(k) for k in range(30)]), labels=labels, images=labels)
-    for seed in range(20):
-        chosen = carve(published, 10, seed)[1]
-        assert [index // 3 for index in chosen] == list(range(10))
 
 
 def test_leaks_are_named_by_group_and_by_pixels():
@@ -232,6 +208,35 @@ def test_tensors_hold_all_slices_once(tmp_path):
 
 # --- subsets, and the unlabelled pool ---------------------------------------------------------------------
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=8, max_size=60), st.integers(2, 6), st.integers(0, 10**6))
+def test_folds_are_whole_groups_and_about_equal(numbers, k, seed):
+    whole = slices([str(i) for i in range(len(numbers))], [f"g{n}" for n in numbers])
+    if len(set(numbers)) < k:
+        with pytest.raises(ConfigError, match="folds of whole groups"):
+            group_folds(whole, k, seed)
+        return
+    folds = group_folds(whole, k, seed)
+    assert folds.shape == (len(numbers),) and set(folds) <= set(range(k))
+    assert len(set(zip(numbers, folds))) == len(set(numbers))  # a group has one fold
+    largest = max(numbers.count(n) for n in numbers)
+    assert np.bincount(folds, minlength=k).max() <= -(-len(numbers) // k) + largest - 1
+    assert np.array_equal(folds, group_folds(whole, k, seed))
+
+
+def test_folds_are_alike_in_infected_share():
+    labels = [np.zeros((40, 40), np.uint8) for _ in range(50)]
+    for index, label in enumerate(labels):
+        label.flat[:30 * index] = 1
+    whole = replace(slices([str(k) for k in range(50)]), labels=labels, images=labels)
+    shares = np.array([label.mean() for label in labels])
+    dealt = [group_folds(whole, 5, seed) for seed in range(10)]
+    for folds in dealt:
+        assert np.bincount(folds).tolist() == [10] * 5
+        assert np.ptp([shares[folds == k].mean() for k in range(5)]) < 0.03 < shares.std()
+    assert len({tuple(folds) for folds in dealt}) == 10
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 45), st.integers(0, 10**6), st.data())
 def test_subsets_are_nested_whatever_the_sizes(count, seed, data):
@@ -248,14 +253,13 @@ def test_subsets_are_nested_whatever_the_sizes(count, seed, data):
 
 def test_no_limit_means_all_training_slices_in_their_order(tmp_path):
     root, train, _ = tree(tmp_path)
-    splits = load_splits("covid-semiseg", root=root, val_slices=0)
-    assert splits.train.ids == ["0", "1", "2", "10"] and len(splits.val) == 0
-    assert [tuple(part.shape) for part in to_tensors(splits.val, 64)] == [(0, 1, 64, 64)] * 2
-    fewer = [load_splits("covid-semiseg", root=root, val_slices=0, n_train=n).train.ids for n in (1, 2, 3)]
+    splits = load_splits("covid-semiseg", root=root)
+    assert splits.train.ids == ["0", "1", "2", "10"]
+    fewer = [load_splits("covid-semiseg", root=root, n_train=n).train.ids for n in (1, 2, 3)]
     assert set(fewer[0]) < set(fewer[1]) < set(fewer[2]) < set(splits.train.ids)
     for data, n in (("covid-semiseg", 5), ("covid-semiseg", 0), ("phantom", 0), ("phantom", -2)):
         with pytest.raises(ConfigError, match=f"n_train = {n}"):
-            load_splits(data, root=root, val_slices=0, n_train=n, size=64)
+            load_splits(data, root=root, n_train=n, size=64)
 
 
 @settings(max_examples=60, deadline=None)
@@ -388,14 +392,14 @@ def test_the_phantom_pool_is_repeatable_and_of_other_patients():
     truth = (to_tensors(load_phantom("pool", 6, 64, 1), 64)[1] > 0).numpy()
     moved = np.roll(labels.numpy() > 0, (-2, -2), (2, 3))
     assert_array_equal(moved, truth)
-    splits = load_splits("phantom", size=64, n_train=6, n_test=6, val_slices=6, split_seed=1)
+    splits = load_splits("phantom", size=64, n_train=6, n_test=6, seed=1)
     check_disjoint(pool=load_phantom("pool", 6, 64, 1), **splits._asdict())
 
 
 # --- the real data ----------------------------------------------------------------------------------------
 
 REAL = data_root() and data_root() / "covid-semiseg"
-HASHES = ["2cbc09befbee6ba6", "da3134af09142a38", "e186c547697062b1"]  # split seed 0, 10 validation slices
+HASHES = ["d2e02f4254e13cf2", "e186c547697062b1"]  # all training slices, all test slices
 needs_real = pytest.mark.skipif(not REAL or not (REAL / "Dataset").is_dir(), reason="no real data")
 
 
@@ -410,17 +414,20 @@ def test_real_slices_are_read_in_order():
 @needs_real
 def test_real_scan_groups_and_splits():
     splits = load_splits("covid-semiseg", root=REAL)
-    assert [len(each) for each in splits] == [40, 10, 48]
+    assert [len(each) for each in splits] == [50, 48]
+    assert [part.content_hash()[:16] for part in splits] == HASHES
     assert splits.test.ids[:5] == ["6", "7", "8", "9", "18"]
     shared, certain = ({name for name, flag in zip(splits.test.ids, flags, strict=True) if flag}
                        for flags in (shares_scan_with_train(splits.test),
                                      shares_scan_with_train(splits.test, include_likely=False)))
     assert shared == {"21", "65", "91", "93", "97"} and certain == shared - {"65"}
-    assert scan_group("10") == scan_group("43") and not set(splits.train.groups) & set(splits.val.groups)
-    ids = {slice_id for group in SCAN_GROUPS.values() for slice_id in group.train}
-    assert ids <= set(splits.train.ids + splits.val.ids)
-    other = load_splits("covid-semiseg", root=REAL, split_seed=1)
-    assert other.val.ids != splits.val.ids and other.test.content_hash() == splits.test.content_hash()
+    assert {slice_id for group in SCAN_GROUPS.values() for slice_id in group.train} <= set(splits.train.ids)
+    folds = group_folds(splits.train, 5)
+    shares = np.array([splits.train.infection(k).mean() for k in range(50)])
+    assert np.bincount(folds).tolist() == [10] * 5 and len(set(zip(splits.train.groups, folds))) == 45
+    assert np.ptp([shares[folds == k].mean() for k in range(5)]) < 0.02
+    one, two = (load_splits("covid-semiseg", root=REAL, n_train=30, seed=seed) for seed in (1, 2))
+    assert one.train.ids != two.train.ids and one.test.content_hash() == two.test.content_hash() == splits.test.content_hash()
 
 
 @needs_real
@@ -452,13 +459,6 @@ def test_real_subsets_are_nested_and_have_the_infected_share_of_the_whole(n):
     assert set(part.ids) < set(more.ids) <= set(whole.ids) and len(part) == n
     share = [np.mean([each.infection(k).mean() for k in range(len(each))]) for each in (part, whole)]
     assert abs(share[0] - share[1]) < 0.02
-
-
-@needs_real
-def test_real_splits_are_the_ones_that_published_runs_used():
-    splits = load_splits("covid-semiseg", root=REAL)
-    assert [part.content_hash()[:16] for part in splits] == HASHES
-    assert len(load_splits("covid-semiseg", root=REAL, val_slices=0).train) == 50
 
 
 @needs_real

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from covidsev.core import CheckpointError, ConfigError, DataMissingError, GeometryError, LeakageError, NonFiniteError
-from covidsev.data.datasets import KNOWN_SHARED_GROUPS, Splits, load_splits, to_tensors
+from covidsev.data.datasets import KNOWN_SHARED_GROUPS, Splits, group_folds, load_splits, to_tensors
 from covidsev.method import training
 from covidsev.method.coach import Pretext
-from covidsev.method.multiclass import fold_assignments
 from covidsev.method.training import TrainingInterrupted, load_checkpoint, run_to_end, save_checkpoint, weights_hash
 from covidsev.paper import starts
 from covidsev.paper.runs import build_started, load_run_data, start_from
@@ -233,7 +232,7 @@ def splits() -> Splits:
 def constant_run(splits: Splits, n_folds: int = 2) -> PriorRun:
     """A first stage that knows nothing: the same map everywhere; right folds."""
     maps = [[np.full(image.shape, 0.4, np.float32) for image in part.images] for part in (splits.train, splits.test)]
-    return PriorRun(splits, fold_assignments(splits.train.groups, n_folds), SplitPriors(*maps), {})
+    return PriorRun(splits, group_folds(splits.train, n_folds), SplitPriors(*maps), {})
 
 
 @pytest.fixture()
