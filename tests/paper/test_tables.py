@@ -225,7 +225,7 @@ def test_one_run_is_shown_and_the_rest_is_not_run(name, registry, tmp_path):
 def test_multi_alone_is_shown(name, registry, tmp_path):
     write_run(tmp_path / "one", "train_multi", "multi", 0, "phantom")
     render(name, tmp_path / "one", tmp_path / "out")
-    assert EXPECTED[name] <= written(tmp_path / "out")
+    assert {path for path in EXPECTED[name] if path.startswith("tables/")} <= written(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["figure_qualitative", "figure_coach", "figure_reconstruction"])
