@@ -430,9 +430,9 @@ def describe(runs: Runs, profile: str, subset: str = "test") -> str:
     """The caption of a table or figure: kind of data, profile, seeds, and the number of slices of
     a subset."""
     metrics = collect(runs)
-    # a metric may leave out slices, none counts more than there are
-    here = metrics[metrics["subset"] == subset]
-    sizes = set(here.groupby(["experiment", "row", "seed"])["n"].max().astype(int))
+    metrics = metrics[metrics["subset"] == subset]
+    name = "test_loss_mean" if "test_loss_mean" in set(metrics["metric"]) else "dice"
+    sizes = set(metrics[metrics["metric"] == name]["n"])  # a Dice does not exist for every slice
     if len(sizes) > 1:
         raise ConfigError("runs with different test sets stand in one table", found=sorted(sizes))
     return caption(data_kind(runs), profile, [seed for _, seed in runs], int(*sizes) if sizes
