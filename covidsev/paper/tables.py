@@ -450,9 +450,9 @@ def made_by(runs: Runs) -> str:
         return f"Made by {commits}."
     return (f"Made by {commits} (up to 1427061), mostly with {max(held)} of the 50 labelled "
             f"slices held out to choose "
-            "an epoch, and with own pseudo labels from fewer slices than the other rows had. "
-            "These terms have been changed "
-            "since; every row is to be made again, and no number here should be quoted.")
+            "an epoch. These terms have been changed since; every row is to be made again, and no "
+            "number here should be "
+            "quoted.")
 
 
 def histories(runs: Runs, titles: Mapping[str, str]) -> dict[str, dict[int, pd.DataFrame]]:
