@@ -573,9 +573,8 @@ def spread_over_scans(scans: Sequence[str], n: int, seed: int) -> list[int]:
         for scan in [scan for scan in members if taken[scan] < len(members[scan])][:left]:
             taken[scan] += 1
     shifts = np.random.default_rng(seed).random(len(members))
-    return sorted(places[int((k + shift) * len(places) / taken[scan])]
-                  for (scan, places), shift in zip(members.items(), shifts, strict=True)
-                  for k in range(taken[scan]))
+    return sorted(places[int((k + shift) * len(places) / taken[scan])] for (scan, places),
+                  shift in zip(members.items(), shifts, strict=True) for k in range(taken[scan]))
 
 
 def _pool_rules(pool: UnlabelledSet, wanted: Sequence[int]) -> dict[str, ScanRule]:

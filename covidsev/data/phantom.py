@@ -198,9 +198,8 @@ def _outside_mediastinum(anatomy: Anatomy, x, y, t) -> np.ndarray:
     middle = -_superellipse(x, y + 0.16 * anatomy.half_depth, 35 - 26 * np.abs(t - 0.43), 0.80 *
                             half_y, 2.0)
     aorta = np.where(t > 0.3, _outside_circle(x, y, 24, spine_y - 14, 14), 99.0)
-    return _smooth_minimum(
-        _smooth_minimum(spine, middle, 8), _smooth_minimum(aorta, _outside_heart(anatomy, x, y, t),
-        8), 8)
+    return _smooth_minimum(_smooth_minimum(spine, middle, 8),
+                           _smooth_minimum(aorta, _outside_heart(anatomy, x, y, t), 8), 8)
 
 
 def _above_diaphragm(anatomy: Anatomy, x, y, t) -> np.ndarray:

@@ -130,8 +130,7 @@ def _check_calibration(bits: int | None, window: Any, hu_offset: float | None, p
                           expected="such as -600,1500")
     if bits == 8 and hu_offset is not None:
         raise ConfigError("an 8-bit picture cannot hold Hounsfield units", file=path,
-                          found=f"offset {hu_offset}",
-                          fix="name its window: --window LEVEL,WIDTH")
+                          found=f"offset {hu_offset}", fix="name its window: --window LEVEL,WIDTH")
     if bits == 16 and window is None and hu_offset is None:
         raise IntensityError("the grey values of a 16-bit picture have no agreed meaning",
                              file=path, fix="name their window: --window LEVEL,WIDTH; "
@@ -220,8 +219,7 @@ def _load_folder(folder: Path, volume: int | None, hu_offset: float | None, assu
         _, faults = by_stem(folder)
         if faults:
             raise MaskError("the names of the pictures are not clear", file=folder,
-                            found="; ".join(faults[:8]),
-                            fix="rename or remove files")
+                            found="; ".join(faults[:8]), fix="rename or remove files")
         return load_pictures(pictures, f"stack of {len(pictures)} pictures")
     if not dicom_files(folder):
         raise ReadError("no scan in this folder", file=folder,
@@ -245,8 +243,7 @@ def _check_plane(shape: Sequence[int], path: Path) -> None:
     """Errors for what is no stack of axial slices of some size."""
     if shape[2] > 1 and min(shape[:2]) == 1:
         raise GeometryError("a single slice that is not axial", file=path,
-                            found=f"{tuple(shape)} in RAS order",
-                            expected="an axial slice")
+                            found=f"{tuple(shape)} in RAS order", expected="an axial slice")
     if min(shape[:2]) < MIN_SIDE or shape[0] * shape[1] > MAX_IMAGE_PIXELS:
         raise ReadError(
             "the slices are too small or too large", file=path,
