@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Task', 'SINGLE', 'MULTI', 'FORMAT', 'Tensors', 'TrainConfig', 'learning_rate_at', 'epoch_batches', 'Batch', 'scaled',
-           'SingleTask', 'MultiParts', 'MultiTask', 'make_optimiser', 'train_step', 'WeightAverage', 'Lookahead',
-           'save_checkpoint', 'load_checkpoint', 'rotate_checkpoints', 'load_latest', 'weights_hash', 'data_hash',
-           'Group', 'group', 'joined', 'check_tensors', 'FitResult', 'Supervised', 'place_of', 'soft_maps',
-           'deal_groups', 'SelfLabelling', 'TrainingInterrupted', 'StopSignals', 'run_to_end', 'fit', 'evaluate_loss']
+           'SingleTask', 'MultiTask', 'make_optimiser', 'train_step', 'WeightAverage', 'Lookahead', 'save_checkpoint',
+           'load_checkpoint', 'rotate_checkpoints', 'load_latest', 'weights_hash', 'data_hash', 'Group', 'group',
+           'joined', 'check_tensors', 'FitResult', 'Supervised', 'place_of', 'soft_maps', 'deal_groups',
+           'SelfLabelling', 'TrainingInterrupted', 'StopSignals', 'run_to_end', 'fit']
 
 # %% ../../nbs/2_method/08_training.ipynb #cell-002
 import copy
@@ -15,7 +15,6 @@ import hashlib
 import io
 import math
 import os
-import random
 import signal
 import threading
 import warnings
@@ -43,9 +42,8 @@ from .losses import (LossParts, SideOutputs, infnet_loss, test_loss_mean,
 from .multiclass import MultiClassLoss, multiclass_loss
 
 # %% ../../nbs/2_method/08_training.ipynb #cell-005
-_CHOICES = {"schedule": ("cosine", "constant"), "precision": ("auto", "float32", "bfloat16")}
 _LEAST = {"warmup_epochs": 0, "weight_decay": 0, "lookahead": 0, "focal_gamma": 0, "clip_norm": 0,
-          "images_per_epoch": 0, "ema": 0}
+          "images_per_epoch": 0, "ema": 0, "epochs": 1, "batch_size": 1, "save_every": 1}
 _MULTIPLE = 32  # what the networks halve: sizes are multiples of it
 
 
@@ -80,23 +78,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(float(scale) for scale in self.scales))
-        for name, choices in _CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
+        check_choice("schedule", self.schedule, ("cosine", "constant"))
+        check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
         augmentation(self.augment, self.cutout, self.cutout_mode)  # a wrong recipe is refused now
-        for name, (good, expected) in self._limits().items():
+        limits = {name: (getattr(self, name) >= low, f"at least {low}") for name, low in _LEAST.items()}
+        limits |= {"learning_rate": (self.learning_rate > 0, "more than 0"),
+                   "scales": (min(self.scales, default=0) > 0, "one or more positive numbers")}
+        if limits["ema"][0] and limits["epochs"][0]:
+            limits["ema"] = self.ema < 1, "less than 1"
+            limits["warmup_epochs"] = 0 <= self.warmup_epochs < self.epochs, "0 to less than epochs"
+        for name, (good, expected) in limits.items():
             if not good:
                 raise ConfigError(f"setting {name} is out of range", found=getattr(self, name),
                                   expected=expected)
-
-    def _limits(self) -> dict[str, tuple[bool, str]]:
-        """Setting -> (whether it is in its range, the range)."""
-        positive = ("epochs", "batch_size", "learning_rate", "save_every")
-        limits = {name: (getattr(self, name) > 0, "more than 0") for name in positive}
-        limits |= {name: (getattr(self, name) >= low, f"at least {low}") for name, low in _LEAST.items()}
-        if self.ema >= 1 or self.warmup_epochs >= self.epochs:
-            limits |= {"ema": (self.ema < 1, "less than 1"),
-                       "warmup_epochs": (self.warmup_epochs < self.epochs, "less than epochs")}
-        return limits | {"scales": (min(self.scales, default=0) > 0, "one or more positive numbers")}
 
 # %% ../../nbs/2_method/08_training.ipynb #cell-011
 def learning_rate_at(config: TrainConfig, time: float) -> float:
@@ -111,8 +105,8 @@ def learning_rate_at(config: TrainConfig, time: float) -> float:
 # %% ../../nbs/2_method/08_training.ipynb #cell-015
 def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """Depends on both numbers, so that (1, 2) and (2, 1) do not share an order."""
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    number = int(sha256_bytes(f"{seed}/{epoch}".encode())[:16], 16) >> 1
+    return torch.Generator().manual_seed(number)
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int,
@@ -135,18 +129,15 @@ class Batch(NamedTuple):
     prior: torch.Tensor | None = None
 
 
-def _bilinear(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-
-
 def scaled(batch: Batch, scale: float) -> Batch:
     """The batch at `scale` times its size, rounded to a multiple of 32; the very batch at scale 1."""
     if scale == 1:
         return batch
     size = tuple(max(1, round(side * scale / _MULTIPLE)) * _MULTIPLE for side in batch.images.shape[-2:])
     labels = F.interpolate(batch.labels.float(), size=size, mode="nearest-exact")
-    prior = batch.prior if batch.prior is None else _bilinear(batch.prior, size)
-    return Batch(_bilinear(batch.images, size), labels.to(batch.labels.dtype), prior)
+    images, prior = (each if each is None else F.interpolate(each, size, mode="bilinear")
+                     for each in (batch.images, batch.prior))
+    return Batch(images, labels.to(batch.labels.dtype), prior)
 
 # %% ../../nbs/2_method/08_training.ipynb #cell-024
 class SingleTask:
@@ -168,25 +159,19 @@ class SingleTask:
         return test_loss_sum(parts), test_loss_mean(parts)
 
 
-class MultiParts(NamedTuple):
-    """The loss of the multi-class network has one term."""
-
-    total: torch.Tensor
-
-
 class MultiTask:
     """Background, ground glass or consolidation, given a prior."""
 
     name, parts, needs_prior = "multi", ("total",), True
 
-    def loss(self, model: nn.Module, batch: Batch, config: TrainConfig) -> MultiParts:
+    def loss(self, model: nn.Module, batch: Batch, config: TrainConfig) -> LossParts:
         """The loss, float32."""
         with autocast(batch.images.device, config.precision):
             logits = model(batch.images, batch.prior).logits
         options = MultiClassLoss(focal_gamma=config.focal_gamma)
-        return MultiParts(multiclass_loss(logits.float(), batch.labels, options))
+        return LossParts(multiclass_loss(logits.float(), batch.labels, options))
 
-    def test_losses(self, parts: MultiParts) -> tuple[torch.Tensor, torch.Tensor]:
+    def test_losses(self, parts: LossParts) -> tuple[torch.Tensor, torch.Tensor]:
         """There is one map: its sum and its mean are the same."""
         return parts.total, parts.total
 
@@ -215,7 +200,8 @@ def train_step(model: nn.Module, optimiser: torch.optim.Optimizer, batch: Batch,
     weights = [weight for weight in model.parameters() if weight.grad is not None]
     norm = nn.utils.get_total_norm([weight.grad for weight in weights])
     nan = norm.new_tensor(math.nan)
-    values = torch.stack([nan if value is None else value.detach() for value in parts])
+    values = [getattr(parts, name) for name in task.parts]
+    values = torch.stack([nan if value is None else value.detach() for value in values])
     if not math.isfinite(float(values[0] + norm)):
         raise NonFiniteError("the loss or its gradient is not finite",
                              found=f"loss {float(values[0])}, gradient norm {float(norm)}")
@@ -262,7 +248,7 @@ class Lookahead:
             torch._foreach_copy_([weight.detach() for weight in fast], self.slow)
 
 # %% ../../nbs/2_method/08_training.ipynb #cell-036
-FORMAT = "covidsev-checkpoint-2"
+FORMAT, _KEPT = "covidsev-checkpoint-2", ("last.pt", "prev.pt")
 
 
 def _hash_file(path: Path) -> Path:
@@ -339,16 +325,15 @@ def load_latest(folder: str | Path) -> dict[str, Any] | None:
     """The state of `last.pt`, else of `prev.pt` with a warning; None if there is neither file.
 
     `CheckpointError` if there are files and none is sound."""
-    paths = [path for path in (Path(folder) / "last.pt", Path(folder) / "prev.pt") if path.exists()]
+    paths = [path for name in _KEPT if (path := Path(folder) / name).exists()]
     for path in paths:
         try:
             state = load_checkpoint(path)
         except CheckpointError as error:
             warnings.warn(f"{error}\n  falling back to an earlier checkpoint", stacklevel=2)
             continue
-        if path.name == "prev.pt":
-            warnings.warn(f"resuming from prev.pt, epoch {state.get('epoch')}: last.pt is missing or"
-                          " damaged", stacklevel=2)
+        if path.name != _KEPT[0]:
+            warnings.warn(f"resuming from {path.name}, epoch {state.get('epoch')}", stacklevel=2)
         return state
     if paths:
         raise CheckpointError("no sound checkpoint in the folder", file=folder,
@@ -361,8 +346,8 @@ def weights_hash(model: nn.Module) -> str:
     """SHA-256 of all weights and buffers, names included: equal means equal in every bit."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(name.encode() + flat.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -389,8 +374,8 @@ def joined(device: str) -> Iterator[str]:
     """While open, this process belongs to the group that `torchrun` started; gives its own device.
 
     `ConfigError` for more processes than GPUs."""
-    alone, kind = int(os.environ.get("WORLD_SIZE", 1)) == 1, resolve_device(device).type
-    if alone:
+    kind = resolve_device(device).type
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
     own = kind if kind == "cpu" else str(resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}"))
@@ -459,15 +444,13 @@ def _gather(data: Tensors, indices: torch.Tensor) -> Batch:
 def _random_state(generator: torch.Generator) -> dict[str, Any]:
     """The states of all random generators that training can draw from."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"augmentation": generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda,
-            "python": random.getstate()}
+    return {"augmentation": generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def _set_random_state(state: Mapping[str, Any], generator: torch.Generator) -> None:
     generator.set_state(state["augmentation"])
     torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    if state["cuda"] and torch.cuda.is_available():
+    if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
@@ -498,8 +481,7 @@ class Supervised:
         self.epoch = self.batch = self.steps = self.draws = 0
         self.sums, self.rows = [0.0] * (len(task.parts) + 1), []
         self._fresh_optimiser()
-        smallest = min(map(len, self._batches()))
-        if smallest < group().size:
+        if (smallest := min(map(len, self._batches()))) < group().size:
             raise ConfigError("a batch is smaller than the number of processes",
                               found=f"{smallest} slices", expected=f"at least {group().size}")
 
@@ -544,20 +526,18 @@ class Supervised:
             self.begin_epoch()
         batches = self._batches()
         time, indices = self.epoch + (self.batch + 0.5) / len(batches), batches[self.batch]
+        count = len(indices)
         for each in self.optimiser.param_groups:
             each["lr"] = learning_rate_at(self.config, time)
         try:
             means = self._learn(self._augmented(indices))
         except NonFiniteError as error:
             names = ", ".join(self.ids[index] for index in indices.tolist())
-            where = f"epoch {self.epoch + 1}, batch {self.batch + 1}, slices {names}"
-            raise NonFiniteError(error.what, found=f"{error.found}; {where}",
-                                 fix="look at these slices; or lower learning_rate") from error
+            found = f"{error.found}; epoch {self.epoch + 1}, batch {self.batch + 1}, slices {names}"
+            raise NonFiniteError(error.what, found=found, fix="look at these slices") from error
         except torch.OutOfMemoryError as error:
-            found = f"a batch of {len(indices)} slices of {self.data[0].shape[-1]} px"
-            raise ConfigError("out of GPU memory", found=found,
-                              fix="a smaller batch_size, or smaller scales") from error
-        count = len(indices)
+            found = f"a batch of {count} slices of {self.data[0].shape[-1]} px"
+            raise ConfigError("out of GPU memory", found=found, fix="a smaller batch_size") from error
         self.sums = [a + count * b for a, b in zip(self.sums, [*means, 1.0])]
         self.batch, self.draws = self.batch + 1, self.draws + count
         if self.batch == len(batches):
@@ -636,8 +616,8 @@ class Supervised:
 
 def place_of(device: torch.device) -> dict[str, Any]:
     """What the bits of a run depend on beside its settings: device, threads, processes."""
-    threads = torch.get_num_threads() if device.type == "cpu" else None
-    return {"device": device.type, "threads": threads, "processes": group().size}
+    return {"device": device.type, "processes": group().size,
+            "threads": torch.get_num_threads() if device.type == "cpu" else None}
 
 # %% ../../nbs/2_method/08_training.ipynb #cell-046
 @torch.no_grad()  # not inference_mode: weights laid out under it could not be trained any more
@@ -666,8 +646,7 @@ def deal_groups(n: int, rounds: int, seed: int) -> list[torch.Tensor]:
         raise ConfigError("unlabelled slices cannot be dealt into rounds",
                           found=f"{n} slices, {rounds} rounds", expected="1 to that many rounds",
                           fix="set n_unlabelled and rounds")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return list(order.tensor_split(rounds))
+    return list(torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tensor_split(rounds))
 
 
 class SelfLabelling(Supervised):
@@ -679,8 +658,8 @@ class SelfLabelling(Supervised):
                  rounds: int, *, device: str = "cpu", ids: Sequence[str] | None = None) -> None:
         self.groups = deal_groups(len(pool), rounds, config.seed)
         if config.epochs % rounds:
-            raise ConfigError("rounds of unequal length", found=f"{config.epochs} epochs, {rounds} rounds",
-                              expected="epochs that are a multiple of rounds")
+            raise ConfigError("rounds of unequal length", expected="a multiple of rounds",
+                              found=f"{config.epochs} epochs, {rounds} rounds")
         self.first = weights_hash(model)
         super().__init__(model, labelled, config, device=device, ids=ids)
         self.labelled, self.pool, self.labels = self.data, pool, torch.zeros_like(pool)
@@ -776,7 +755,7 @@ def _begin(game: Any, folder: Path, identity: Mapping[str, Any], resume: bool | 
                               expected="last.pt or prev.pt",
                               fix="check the folder, or use resume=True, which may start anew")
     if group().rank == 0:
-        for name in ("last.pt", "prev.pt"):
+        for name in _KEPT:
             (folder / name).unlink(missing_ok=True)
             _hash_file(folder / name).unlink(missing_ok=True)
 
@@ -801,18 +780,11 @@ def run_to_end(game: Any, folder: str | Path, identity: Mapping[str, Any], *, sa
             game.step()
             closed = game.batch == 0
             bar.update(int(closed))
-            number = _agreed(stop.number, game.device)
+            number = int(_summed(torch.tensor(stop.number, device=game.device), dist.ReduceOp.MAX))
             if number or closed and (game.done or game.epoch % save_every == 0):
                 _save(game, folder, identity)
             if number:
                 raise TrainingInterrupted(number)
-
-
-def _agreed(number: int, device: torch.device) -> int:
-    """The signal that any of the processes got: all stop at the same batch."""
-    if group().size == 1:
-        return number
-    return int(_summed(torch.tensor(number, device=device), dist.ReduceOp.MAX))
 
 
 def _save(game: Any, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -832,19 +804,3 @@ def fit(model: nn.Module, data: Tensors, config: TrainConfig, folder: str | Path
     game = Supervised(model, data, config, task=task, device=device, ids=ids)
     run_to_end(game, folder, game.identity(), save_every=config.save_every, resume=resume)
     return game.result()
-
-# %% ../../nbs/2_method/08_training.ipynb #cell-061
-@torch.inference_mode()
-def evaluate_loss(model: nn.Module, data: Tensors, task: Task = SINGLE,
-                  batch_size: int = 8) -> dict[str, float]:
-    """Means over slices of the loss of Table I in both conventions: `loss_sum` and `loss_mean` of
-    the maps. data as for `Supervised`. Leaves the mode of `model` as it was."""
-    device, was_training = next(model.parameters()).device, model.training
-    totals, config = torch.zeros(2, dtype=torch.float64), TrainConfig(precision="float32")
-    model.eval()
-    for indices in torch.arange(len(data[0])).split(batch_size):
-        batch = Batch(*(each if each is None else each.to(device) for each in _gather(data, indices)))
-        losses = task.test_losses(task.loss(model, batch, config))
-        totals += len(indices) * torch.stack(losses).double().cpu()
-    model.train(was_training)
-    return dict(zip(("loss_sum", "loss_mean"), (totals / len(data[0])).tolist()))

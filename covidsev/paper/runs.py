@@ -7,7 +7,7 @@ __all__ = ['PLACES', 'ALL_OF', 'START_FILE', 'TEMPERED', 'SHORT', 'LESIONS', 'pa
            'settings_table', 'load_run_data', 'known_shared', 'assert_no_leak', 'data_card', 'check_amounts',
            'run_record', 'data_record', 'run_of', 'checkpoint_of', 'start_from', 'TrainedRun', 'folder_of',
            'build_started', 'run_tensors', 'fit_slices', 'train_network', 'check_classes', 'OutOfFold', 'run_logits',
-           'probabilities', 'out_of_fold', 'Scores', 'to_8bit', 'map_metrics', 'evaluate', 'ClassMaps',
+           'probabilities', 'out_of_fold', 'evaluate_loss', 'Scores', 'to_8bit', 'map_metrics', 'evaluate', 'ClassMaps',
            'predict_multiclass', 'class_overlaps', 'overlap_metrics', 'toolbox_metrics', 'multiclass_images',
            'multiclass_metrics', 'evaluate_multiclass', 'save_run', 'train_run']
 
@@ -34,7 +34,7 @@ from ..method.infnet import check_fits, count_parameters, resize_map
 from ..method.inpainting import TransferReport
 from ..method.metrics import dsc, per_image, pooled_dice, summarise, toolbox
 from ..method.multiclass import class_dice, class_table, classes_of, prior_tensor
-from ..method.training import (MULTI, SINGLE, FitResult, TrainConfig, evaluate_loss, fit,
+from ..method.training import (MULTI, SINGLE, Batch, FitResult, Task, Tensors, TrainConfig, fit,
                                       joined, load_checkpoint)
 from ..method.unets import MODELS, MultiClassUNet, build_network
 
@@ -312,6 +312,23 @@ def out_of_fold(settings: Mapping[str, Any], slices: SliceSet, n_folds: int) -> 
 
 # %% ../../nbs/4_paper/01_runs.ipynb #cell-031
 TEMPERED = "_tempered"
+
+
+@torch.inference_mode()
+def evaluate_loss(model: nn.Module, data: Tensors, task: Task = SINGLE,
+                  batch_size: int = 8) -> dict[str, float]:
+    """Means over slices of the loss of Table I in both conventions: `loss_sum` and `loss_mean` of
+    the maps. data as for `Supervised`. Leaves the mode of `model` as it was."""
+    device, was_training = next(model.parameters()).device, model.training
+    totals, config = torch.zeros(2, dtype=torch.float64), TrainConfig(precision="float32")
+    model.eval()
+    for indices in torch.arange(len(data[0])).split(batch_size):
+        images, labels, *prior = (each[indices].to(device) for each in data)
+        batch = Batch(images.float() / 255, labels, prior[0].float() / 255 if prior else None)
+        losses = task.test_losses(task.loss(model, batch, config))
+        totals += len(indices) * torch.stack(losses).double().cpu()
+    model.train(was_training)
+    return dict(zip(("loss_sum", "loss_mean"), (totals / len(data[0])).tolist()))
 
 
 class Scores(NamedTuple):

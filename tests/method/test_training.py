@@ -16,8 +16,9 @@ from covidsev.core import ConfigError, MaskError, NonFiniteError, has_bfloat16
 from covidsev.data.datasets import mask_edge
 from covidsev.method import training
 from covidsev.method.losses import SideOutputs
+from covidsev.method.unets import MultiClassOutputs
 from covidsev.method.training import (MULTI, SINGLE, Batch, SelfLabelling, Supervised, TrainConfig, WeightAverage,
-                                      data_hash, deal_groups, epoch_batches, evaluate_loss, fit, group,
+                                      data_hash, deal_groups, epoch_batches, fit, group,
                                       learning_rate_at, load_checkpoint, make_optimiser, run_to_end, scaled, soft_maps,
                                       train_step, weights_hash)
 
@@ -163,17 +164,6 @@ def test_the_mean_follows_buffers_and_copies_counters():
     average.update(network)
     assert torch.allclose(average.model.norm.running_mean, torch.full((4,), 9.0))  # first decay is 1/10
     assert average.model.norm.num_batches_tracked == 7
-
-
-def test_evaluation_changes_nothing_and_knows_no_batches():
-    network = Toy().train()
-    before = weights_hash(network)
-    scores = [evaluate_loss(network, TRAIN, batch_size=size) for size in (1, 2, 5)]
-    assert weights_hash(network) == before and network.training
-    for other in scores[1:]:
-        assert other == pytest.approx(scores[0], rel=1e-5)
-    assert scores[0]["loss_sum"] == pytest.approx(2 * scores[0]["loss_mean"])  # the toy has two maps
-    assert all(weight.grad is None for weight in network.parameters())
 
 
 def test_the_focal_loss_changes_training(tmp_path):
@@ -435,7 +425,6 @@ def test_the_multi_task_reads_a_prior(tmp_path):
             self.conv = nn.Conv2d(2, 3, 1)
 
         def forward(self, image, prior):
-            from covidsev.method.multiclass import MultiClassOutputs
             return MultiClassOutputs(self.conv(torch.cat([image, prior], 1)))
 
     data = (*TRAIN, (TRAIN[1] > 0).to(torch.uint8) * 255)

@@ -17,7 +17,7 @@ from covidsev.method.infnet import InfNet
 from covidsev.method.training import TrainConfig, TrainingInterrupted, save_checkpoint, weights_hash
 from covidsev.paper import runs
 from covidsev.paper.runs import (LESIONS, ClassMaps, build_started, check_classes, class_overlaps, evaluate,
-                                 evaluate_multiclass, multiclass_images, out_of_fold, overlap_metrics, run_record,
+                                 evaluate_loss, evaluate_multiclass, multiclass_images, out_of_fold, overlap_metrics, run_record,
                                  run_tensors, save_run, toolbox_metrics, train_network, train_run)
 
 COMMON = {"profile": "smoke", "seed": 0, "data": "phantom", "size": 32, "n_train": 8, "n_test": 4, "epochs": 2, "batch_size": 4,
@@ -344,6 +344,15 @@ def test_a_temperature_sharpens_the_maps_and_moves_no_pixel_across_the_threshold
     plain, sharp = (evaluate(run, t).metrics.query("subset == 'test'").set_index("metric")["value"] for t in (None, 0.25))
     assert sharp["dice"] == plain["dice"] and sharp["meanDice"] == plain["meanDice"] and sharp["temperature"] == 0.25
     assert sharp["meanDice_tempered"] != plain["meanDice"] and "meanDice_tempered" not in plain
+
+
+def test_the_test_loss_changes_nothing_and_knows_no_batches(splits, trained, priors):
+    data = run_tensors(MULTI, splits.test, priors.test)
+    before, model = weights_hash(trained.model), trained.model.train()
+    scores = [evaluate_loss(model, data, training.MULTI, size) for size in (1, 3, 8)]
+    assert weights_hash(model) == before and model.training
+    for other in scores[1:]:
+        assert other == pytest.approx(scores[0], rel=1e-5)
 
 
 # whole runs
