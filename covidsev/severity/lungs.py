@@ -7,8 +7,9 @@ __all__ = ['NOMINAL_WIDTH_MM', 'OPEN_SHARE', 'AIRWAY_CM2', 'DARK_HU', 'SMALL_PIE
            'CLOSE_MM', 'GATE_MM', 'NEAR_MM', 'GATE_HU', 'REPAIR_WARNING', 'REPAIR_ERROR', 'LITRES', 'AREA_SHARE',
            'ASYMMETRY', 'AREA_JUMP', 'CUT_SHARE', 'UPSIDE_DOWN', 'UPSIDE_DOWN_CUT', 'LOBES', 'ENGINES',
            'LungSegmentationError', 'Sizes', 'to_planes', 'from_planes', 'plane_sizes', 'grow', 'shrink', 'otsu',
-           'split_lungs', 'slice_areas', 'cut_ends', 'z_suspect', 'check_lungs', 'LungMask', 'check_sides',
-           'given_lungs', 'find_lungs', 'complete_lungs', 'segment_lungs', 'verify_weights', 'engine_lungs']
+           'bounding_box', 'split_lungs', 'slice_areas', 'cut_ends', 'z_suspect', 'check_lungs', 'LungMask',
+           'check_sides', 'given_lungs', 'find_lungs', 'complete_lungs', 'segment_lungs', 'verify_weights',
+           'engine_lungs']
 
 # %% ../../nbs/3_severity/01_lungs.ipynb #cell-002
 import re
@@ -112,8 +113,8 @@ def otsu(grey: np.ndarray) -> float:
     return float(np.flatnonzero(between >= best * (1 - 1e-9)).mean())  # the middle of a gap
 
 
-def _box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
-    """The box around `mask`, with `margin` more on each side where there is."""
+def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
+    """The box around a mask that is not empty, with `margin` more on each side where there is."""
     found = (np.flatnonzero(mask.any(axis=tuple(set(range(mask.ndim)) - {axis}))) for axis in range(mask.ndim))
     return tuple(slice(max(0, int(one[0]) - margin), int(one[-1]) + 1 + margin) for one in found)
 
@@ -135,7 +136,7 @@ def _fill_planes(mask: np.ndarray) -> np.ndarray:
     """`mask` (Z, Y, X) with the holes of each plane filled."""
     filled = mask.copy()
     for k in np.flatnonzero(mask.any(axis=(1, 2))):
-        box = _box(mask[k])  # background that touches its edge is open
+        box = bounding_box(mask[k])  # background that touches its edge is open
         outside, count = ndimage.label(~mask[k][box])
         is_open = np.zeros(count + 1, bool)
         is_open[_border(outside)] = True
@@ -343,7 +344,7 @@ def _smooth_lungs(labels: np.ndarray, sizes: Sizes) -> np.ndarray:
     smooth = labels.copy()
     for lung in (1, 2):
         if (labels == lung).any():
-            box = _box(labels == lung)
+            box = bounding_box(labels == lung)
             added = _fill_planes(_close(labels[box] == lung, CLOSE_MM, sizes))
             smooth[box][added & (smooth[box] == 0)] = lung
     return smooth
@@ -354,7 +355,7 @@ def _classical(planes: np.ndarray, body: np.ndarray, unit: str, sizes: Sizes) ->
     if not body.any():
         raise LungSegmentationError("no lung was found", found="no body in the image", expected="a chest CT",
                                     fix="check the scan; or give a lung mask: --lungs MASK")
-    box = (slice(None), *_box(body)[1:])
+    box = (slice(None), *bounding_box(body)[1:])
     inside, image = body[box], planes[box]
     air = inside & (image < -400 if unit == "HU" else image <= otsu(planes))
     if len(planes) > 1:
@@ -377,7 +378,7 @@ def _candidates(infection: np.ndarray, labels: np.ndarray, planes: np.ndarray, b
     found = infection & (labels == 0)
     if not found.any():
         return found
-    z, *plane = _box(found)
+    z, *plane = bounding_box(found)
     margin = int(GATE_MM / min(sizes.y, sizes.x)) + 2
     box = (z, *(slice(max(0, one.start - margin), one.stop + margin) for one in plane))
     deep = shrink(np.pad(body[box], ((0, 0), (1, 1), (1, 1))), GATE_MM, (sizes.y, sizes.x))[:, 1:-1, 1:-1]
@@ -411,7 +412,7 @@ def _repair(labels: np.ndarray, infection: np.ndarray, planes: np.ndarray, body:
     if not candidates.any():
         return labels, 0.0
     reach = max(NEAR_MM, 1.5 * max(sizes.y, sizes.x)) / min(sizes.y, sizes.x)
-    box = _box(candidates | (labels > 0), int(reach) + 1)
+    box = bounding_box(candidates | (labels > 0), int(reach) + 1)
     added, repaired = _pieces_to_add(candidates[box], labels[box], sizes), labels.copy()
     np.copyto(repaired[box], added, where=added > 0)
     changed = np.flatnonzero(added.any(axis=(1, 2))) + box[0].start

@@ -27,7 +27,7 @@ from ..data.phantom import to_uint8
 from ..data.scans import Scan, turn_picture
 from ..data.show import LINES, PALETTE, draw_contour, overlay
 from .inputs import PACKAGE
-from .lungs import slice_areas
+from .lungs import bounding_box, slice_areas
 from .score import MIN_FRACTION, SCHEMA, count_regions, extent_score, fractions
 
 # %% ../../nbs/3_severity/04_reports.ipynb #cell-007
@@ -96,12 +96,8 @@ def _window(mask: np.ndarray) -> tuple[slice, ...]:
     """The box of `mask` with a margin; everything if it is empty."""
     if not mask.any():
         return (slice(None),) * mask.ndim
-    box = []
-    for axis in range(mask.ndim):
-        found = np.flatnonzero(mask.any(axis=tuple(set(range(mask.ndim)) - {axis})))
-        margin = 2 + int(found[-1] - found[0]) // 12
-        box.append(slice(max(0, int(found[0]) - margin), int(found[-1]) + 1 + margin))
-    return tuple(box)
+    widen = lambda one, more: slice(max(0, one.start - more), one.stop + more)
+    return tuple(widen(one, 2 + (one.stop - one.start) // 12) for one in bounding_box(mask))
 
 
 class _View(NamedTuple):
@@ -404,7 +400,7 @@ _OTHER_NAMES = {
     "partial": "Partial score", "partial_strict": "Partial score, strict", "po_right": "Share of the right lung",
     "po_left": "Share of the left lung", "lss20": "Lobe severity score (LSS)",
 }
-_NOT_LISTED = {"ct_ss_extrapolated", "sectors", "slice_extent_score", "lobe_fill_fraction", "case_id"}
+_NOT_LISTED = {"sectors", "slice_extent_score", "lobe_fill_fraction", "case_id"}
 
 
 def _value(result: Mapping[str, Any], name: str, unit: str = "") -> str:
@@ -448,7 +444,6 @@ _RULE = ("Geometric approximation: the borders of the regions are planes placed 
 _METHODS = {
     "lobes": "Lobes from the lobe mask that was given; the regions inside each lobe by a fixed rule.",
     "geometric": _RULE,
-    "slab": f"A slab: only the regions in it were seen. {_RULE}",
     "slice": f"One axial slice at a stated height: only the regions in it were seen. {_RULE}",
     "slice-quadrant": "One axial slice of unknown height: no regions, but four sectors a lung (front or "
                       "back, inner or outer half), each scored 0, 1 or 2.",
@@ -500,7 +495,7 @@ def provenance(result: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
 _ENGINE = Environment(loader=FileSystemLoader(PACKAGE / "severity" / "templates"), autoescape=True,
                       undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 _ENGINE.filters |= {"share": share_text, "number": number_text}
-_SUBTITLES = {"lobes": "a volume with lobe mask", "geometric": "a volume", "slab": "a slab of slices",
+_SUBTITLES = {"lobes": "a volume with lobe mask", "geometric": "a volume",
               "slice": "one slice at a stated height", "slice-quadrant": "one slice of unknown height"}
 
 
@@ -509,7 +504,7 @@ def _check_result(result: Mapping[str, Any]) -> None:
     if result.get("schema") != SCHEMA:
         raise ConfigError("not a severity result that this version can show", found=result.get("schema"),
                           expected=SCHEMA, fix="compute the case again")
-    if result["method"] in (*_SLICES, "slab") and result["ct_ss"] is not None:
+    if result["method"] in _SLICES and result["ct_ss"] is not None:
         raise ConfigError("a CT-SS of a part of the lungs", expected="None", fix="compute the case again",
                           found=f"method {result['method']}, ct_ss {result['ct_ss']}")
     if result.get("model") and result["severe"] is not None and not (result["model"].get("card") or {}).get("measured"):
@@ -628,7 +623,7 @@ def _batch_cards(rows: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[s
         return number_text(sum(row["severe"] is wanted for row in rows))
     return [Card("Severe", count(True), f"of {len(rows)} cases with a result", "yes"),
             Card("Not severe", count(False), f"of {len(rows)} cases with a result", "no"),
-            Card("Not decidable", count(None), "slices, slabs and lungs that were not seen whole", "open"),
+            Card("Not decidable", count(None), "slices, and lungs that were not seen whole", "open"),
             Card("Failed", number_text(len(failures)), "no result; see the list" if failures else "none")]
 
 

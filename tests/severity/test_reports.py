@@ -71,7 +71,7 @@ def cases(lungs) -> dict[str, dict]:
     scan, infection = make_scan(lungs.shape), np.zeros_like(lungs)
     infection[:40, :14, :12] = 1
     flat, plane, spots = make_scan((30, 48), "slice"), lungs[..., 10].T[::-1, ::-1], infection[..., 10].T[::-1, ::-1]
-    slab, few = np.s_[:, :, 8:14], np.linspace(0.6, 0.4, 6)
+    slab = np.s_[:, :, 8:14]
     grey = make_scan(lungs.shape, unit="grey")
     lobes = np.where(lungs == 1, 1, np.where(lungs == 2, 4, 0))
     lobes[..., :12][lungs[..., :12] == 1], lobes[..., :12][lungs[..., :12] == 2] = 3, 5
@@ -82,7 +82,6 @@ def cases(lungs) -> dict[str, dict]:
         "one lung": score_scan(scan, infection, np.where(lungs == 1, lungs, 0)),
         "lobes": score_scan(scan, infection, lungs, lobes=lobes),
         "cut off": score_scan(make_scan(lungs[slab].shape), infection[slab], lungs[slab]),
-        "slab": score_scan(make_scan(lungs[slab].shape), infection[slab], lungs[slab], z=few),
         "slice": score_scan(flat, spots, plane, z=0.5), "unknown height": score_scan(flat, spots, plane)}
     return {name: json.loads(json.dumps({**each.to_dict(), "case_id": name})) for name, each in found.items()}
 
@@ -92,8 +91,8 @@ def shown() -> list[reports.Shown]:
     return [reports.Shown("slice 1 of 9", np.zeros((4, 6, 3), np.uint8)), reports.Shown("coronal", np.ones((4, 6, 3), np.uint8))]
 
 
-KINDS = ("volume", "healthy", "full", "grey", "one lung", "lobes", "cut off", "slab", "slice", "unknown height")
-PARTS = ("one lung", "cut off", "slab", "slice", "unknown height")
+KINDS = ("volume", "healthy", "full", "grey", "one lung", "lobes", "cut off", "slice", "unknown height")
+PARTS = ("one lung", "cut off", "slice", "unknown height")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,7 +141,7 @@ def test_a_sum_over_regions_of_lungs_that_are_cut_off_is_not_shown(cases):
     assert "21" not in words
 
 
-@pytest.mark.parametrize("kind", ("slice", "unknown height", "slab"))
+@pytest.mark.parametrize("kind", ("slice", "unknown height"))
 def test_a_ct_ss_of_a_part_is_refused(cases, kind):
     with pytest.raises(ConfigError, match="a CT-SS of a part of the lungs"):
         reports.case_html(cases[kind] | {"ct_ss": 7})
@@ -171,7 +170,7 @@ def test_a_strict_score_that_disagrees_is_said(lungs):
 def test_a_method_of_regions_is_called_an_approximation_unless_lobes_were_given(cases):
     for kind in KINDS:
         said = "Geometric approximation" in Page(reports.case_html(cases[kind])).words
-        assert said == (cases[kind]["method"] in ("geometric", "slab", "slice")), kind
+        assert said == (cases[kind]["method"] in ("geometric", "slice")), kind
 
 
 def texts_replaced(value, text):
