@@ -504,8 +504,8 @@ class SeverityResult(dict):
 
 def result_row(result: Mapping[str, Any]) -> dict[str, Any]:
     """`SeverityResult.row` of a result, also as it is read back from its JSON file."""
-    flat = {name: value for name, value in result.items()
-            if name not in _NOT_IN_ROW and not isinstance(value, (dict, list, tuple))}
+    flat = {name: result[name] for name in ("schema", "case_id", *sorted(result.keys() - {"schema", "case_id"}))
+            if name not in _NOT_IN_ROW and not isinstance(result[name], (dict, list, tuple))}
     flat["low"], flat["high"] = result["bounds"] or (None, None)
     flat |= {f"region_{region['id']:02d}": region["score"] for region in result["regions"]}
     return flat | {"warnings": "; ".join(result["warnings"])}
