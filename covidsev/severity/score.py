@@ -49,7 +49,7 @@ REGIONS = tuple(Region(number, *named) for number, named in enumerate(
 LOBE_OF_REGION = np.array([0] + [region.lobe for region in REGIONS], np.uint8)  # lobes = LOBE_OF_REGION[ids]
 _SIDE_OF_LOBE = np.array([0, 1, 1, 1, 2, 2], np.uint8)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-010
+
 @dataclass(frozen=True)
 class RegionGeometry:
     """Where the regions are cut, as shares of an extent: height 0 apex to 1 base, depth 0 front to 1 back,
@@ -79,7 +79,7 @@ class RegionGeometry:
         """Whether `value` < `cut`; what is equal but for rounding is not below."""
         return np.asarray(value) < cut - self.tolerance
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-013
+# %% ../../nbs/3_severity/02_score.ipynb #cell-010
 def _volume(array: ArrayLike) -> NDArray:
     """A view (X, Y, Z) of a volume, or of a picture as one slice. `GeometryError` for any other shape."""
     array = np.asarray(array)
@@ -131,7 +131,7 @@ def _lung_labels(lungs: ArrayLike) -> NDArray[np.uint8]:
                                     fix="check the lung mask; without a lung there is no share of it")
     return labels
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-017
+# %% ../../nbs/3_severity/02_score.ipynb #cell-014
 def _steps(n: int) -> NDArray[np.float64]:
     """The middles of n equal steps from 0 to 1."""
     return (2 * np.arange(n) + 1) / (2 * n)
@@ -148,7 +148,7 @@ def _slice_boxes(mask: NDArray[np.bool_]) -> Iterator[tuple[int, slice, slice]]:
     for k in np.flatnonzero(across.any(axis=0)):
         yield int(k), _span(across[:, k]), _span(along[:, k])
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-020
+# %% ../../nbs/3_severity/02_score.ipynb #cell-017
 def _basal_regions(superior: bool, width: NDArray, depth: NDArray, g: RegionGeometry) -> NDArray[np.uint8]:
     """Regions 6..10 of a slice of a right lower lobe, (X, Y), from its `width` (X, 1) and `depth` (1, Y)."""
     medial = g.below(width, g.medial) & g.below(depth, g.medial_depth)
@@ -203,7 +203,7 @@ def _lobe_slice(lobe: int, height: float, width: NDArray, depth: NDArray,
         return np.uint8(11) if apex else np.where(back, np.uint8(12), np.uint8(13))
     return np.uint8(14 if g.below(height, g.lobe_lingula) else 15)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-022
+
 def _paint(units: NDArray[np.uint8], sides: Sequence[int], table: Any,
            levels: tuple[float, float] | None = None) -> NDArray[np.uint8]:
     """Region numbers (X, Y, Z): the units 1, 2, ... slice by slice, from table(unit, height, width, depth).
@@ -241,7 +241,7 @@ def _partition(lungs: NDArray[np.uint8], lobes: NDArray[np.uint8] | None, geomet
         return _paint(lobes, _SIDE_OF_LOBE[1:], lambda *place: _lobe_slice(*place, geometry))
     return _paint(lungs, (1, 2), lambda *place: _lung_slice(*place, geometry), levels)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-025
+# %% ../../nbs/3_severity/02_score.ipynb #cell-020
 LOBE_FILL_WARNING, LOBE_FILL_LIMIT = 0.02, 0.20
 
 
@@ -283,7 +283,7 @@ def _fill_nearest(lobes: NDArray[np.uint8], lung: NDArray[np.bool_]) -> None:
     nearest = ndimage.distance_transform_edt(seeds == 0, return_distances=False, return_indices=True)
     lobes[box][gaps] = seeds[tuple(axis[gaps] for axis in nearest)]
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-027
+# %% ../../nbs/3_severity/02_score.ipynb #cell-022
 def _method(n_slices: int, z: ArrayLike | None, lobes: ArrayLike | None) -> str:
     """What kind of answer these inputs allow."""
     if n_slices > 1 and z is not None:
@@ -315,7 +315,7 @@ def partition_regions(lungs: ArrayLike, lobes: ArrayLike | None = None,
     ids[box] = _partition(labels[box], parts, geometry, levels)
     return _as_given(ids, lungs)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-035
+# %% ../../nbs/3_severity/02_score.ipynb #cell-028
 def _bincount(numbers: NDArray[np.uint8], n: int) -> NDArray[np.int64]:
     """How often 1..n stand in a volume; slice by slice, since `np.bincount` makes 8 bytes of each voxel."""
     counts = sum(np.bincount(plane.ravel(order="K"), minlength=n + 1) for plane in np.moveaxis(numbers, -1, 0))
@@ -339,7 +339,7 @@ def extent_score(fraction: float | None, min_fraction: float = 0.0) -> int | Non
         return None
     return 2 if fraction >= 0.5 else int(fraction > 0 and fraction >= min_fraction)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-038
+# %% ../../nbs/3_severity/02_score.ipynb #cell-031
 THRESHOLD = 19.5  # severe above it: Yang et al. 2020
 MIN_FRACTION = 0.01
 
@@ -369,7 +369,7 @@ def sum_scores(scores: Sequence[int | None]) -> ScoreSum:
     partial, n_open = sum(known), len(scores) - len(known)
     return ScoreSum(partial, len(known), (partial, partial + 2 * n_open))
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-041
+# %% ../../nbs/3_severity/02_score.ipynb #cell-034
 SECTORS = tuple(f"{side} {depth} {width}" for side in ("right", "left") for depth in ("anterior", "posterior")
                 for width in ("medial", "lateral"))
 
@@ -379,7 +379,7 @@ def _sector_slice(lung: int, height: float, width: NDArray, depth: NDArray) -> N
     back, outside = (~RegionGeometry().below(place, 0.5) for place in (depth, width))
     return (4 * lung - 3 + 2 * back + outside).astype(np.uint8)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-044
+# %% ../../nbs/3_severity/02_score.ipynb #cell-037
 def pan_score(fraction: float | None) -> int | None:
     """0..5 for the infected share of a lobe. Pan et al., Radiology 2020;295:715."""
     if not fraction:
@@ -406,7 +406,7 @@ def total(scores: Iterable[int | None]) -> int | None:
     scores = list(scores)
     return None if any(score is None for score in scores) else sum(scores)
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-047
+# %% ../../nbs/3_severity/02_score.ipynb #cell-040
 HIGH_OPACITY_HU, OTHER_HIGH_OPACITY_HU = -200, -300
 
 
@@ -421,7 +421,7 @@ def density_measures(hu: NDArray) -> dict[str, float | None]:
     return {"mean_hu": float(values.mean()), "sd_hu": float(values.std()),
             **{name: float(np.mean(values < cut)) for name, cut in cuts.items()}}
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-050
+
 def peripheral_zone(lungs: ArrayLike, pixel_mm: Sequence[float] | None = None) -> NDArray[np.bool_]:
     """The outer third of each lung, by the distance to its surface in the slice; bool.
 
@@ -447,7 +447,7 @@ def lesion_components(lesion: NDArray[np.bool_], voxel_ml: float,
     volumes = np.bincount(numbers[part])[1:] * voxel_ml
     return int(np.count_nonzero(volumes >= smallest_ml)), float(volumes.max())
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-053
+# %% ../../nbs/3_severity/02_score.ipynb #cell-043
 FRAGMENT = 0.01
 
 
@@ -475,7 +475,7 @@ def _check_one_label(lungs: NDArray[np.uint8]) -> None:
         raise MaskError("both lungs have one label", found=f"only label {values[0]}, in two pieces side by side",
                         expected="1 right lung, 2 left lung", fix="split it: covidsev.severity.lungs.split_lungs")
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-056
+# %% ../../nbs/3_severity/02_score.ipynb #cell-046
 SCHEMA = "covidsev.severity/1"
 _NOT_IN_ROW = {"sectors", "bounds", "bounds_strict", "lungs", "histogram", "run_id"}  # beside lists and dicts
 
@@ -510,7 +510,7 @@ def result_row(result: Mapping[str, Any]) -> dict[str, Any]:
     flat |= {f"region_{region['id']:02d}": region["score"] for region in result["regions"]}
     return flat | {"warnings": "; ".join(result["warnings"])}
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-058
+
 @dataclass
 class _Case:
     """A patient inside the bounding box of the lungs: arrays (X, Y, Z), and what is known about them."""
@@ -593,7 +593,7 @@ def _prepare(given: Mapping[str, ArrayLike | None], z: ArrayLike | None, spacing
     case.warnings = _notice(case, n_disagree)
     return case
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-060
+
 def _notice(case: _Case, n_disagree: int) -> list[str]:
     """Warnings, each `code: text with its value`."""
     outside, filled = case.shares["outside_fraction"] or 0, case.shares["lobe_fill_fraction"] or 0
@@ -610,7 +610,7 @@ def _notice(case: _Case, n_disagree: int) -> list[str]:
     }
     return [text for text, applies in found.items() if applies]
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-063
+# %% ../../nbs/3_severity/02_score.ipynb #cell-049
 def _table(names: Sequence[Mapping[str, Any]], n_vox: NDArray, n_inf: NDArray,
            floor: float) -> list[dict[str, Any]]:
     """One dict a region or sector: its names, counts, share and both scores."""
@@ -709,7 +709,7 @@ def _type_values(case: _Case, share_by_hu: float | None) -> dict[str, Any]:
     return {"ggo_share": share, "consolidation_share": None if share is None else 1 - share,
             "ggo_source": source}
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-066
+# %% ../../nbs/3_severity/02_score.ipynb #cell-052
 _TOTALS = ("ct_ss", "ct_ss_strict", "margin")
 _SUMS = ("partial", "partial_strict", "bounds", "bounds_strict", "severe", "severe_strict")
 _LOBAR = ("pan25", "lss20", "tss20", "lhos20")
@@ -752,7 +752,7 @@ def _reasons(values: Mapping[str, Any], case: _Case) -> dict[str, str]:
                 found.setdefault(name, reason)
     return found
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-068
+
 def severity(infection: ArrayLike | None, lungs: ArrayLike, *, lobes: ArrayLike | None = None,
              hu: ArrayLike | None = None, spacing_mm: Sequence[float] | None = None,
              labels: ArrayLike | None = None, z: ArrayLike | None = None, min_fraction: float = MIN_FRACTION,
@@ -782,7 +782,7 @@ def severity(infection: ArrayLike | None, lungs: ArrayLike, *, lobes: ArrayLike 
     result.parts = case.box, case.ids
     return result
 
-# %% ../../nbs/3_severity/02_score.ipynb #cell-071
+# %% ../../nbs/3_severity/02_score.ipynb #cell-055
 def score_scan(scan: Scan, infection: ArrayLike | None, lungs: ArrayLike, **options: Any) -> SeverityResult:
     """`severity` of masks on the canonical grid of `scan`, with its HU, spacing and record, and `options`.
 
