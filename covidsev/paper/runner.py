@@ -33,7 +33,7 @@ from ..core import (ConfigError, CovidSevError, DataMissingError, NotebookError,
                            RunLockedError, git_commit, publish_files, read_json, repo_root,
                            resolve_device, run_lock, sha256_file, sha256_json, write_json,
                            write_text)
-from .experiments import (LIBRARY, LOCATIONS, Registry, Run, cache_key, cache_parts,
+from .experiments import (LIBRARY, Registry, Run, cache_key, cache_parts,
                                         check_name, data_folder, data_key, load_registry,
                                         notebook_parameters, plan_runs, why_stale)
 
@@ -209,8 +209,8 @@ def check_outputs(run: Run, stage: Path, checkpoints: Path | None = None) -> dic
     record = read_json(stage / "run.json")
     wanted, said = json.loads(json.dumps(run.parameters)), record.get("parameters", {})
     wrong = [f"{name}: {said.get(name)!r} instead of {wanted.get(name)!r}"
-             for name in sorted({*wanted, *said}) if name not in LOCATIONS
-             and said.get(name, "nothing") != wanted.get(name, "nothing") is not None]
+             for name in sorted(wanted)
+             if said.get(name, "nothing") != wanted[name] is not None]
     if wrong:
         raise NotebookError(f"{run.name} did not run with the requested parameters",
                             file=run.notebook, found="; ".join(wrong),
