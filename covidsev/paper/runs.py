@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'ALL_OF', 'START_FILE', 'TEMPERED', 'SHORT', 'LESIONS', 'parameters_of', 'identity', 'config_of',
-           'settings_table', 'load_run_data', 'known_shared', 'assert_no_leak', 'data_card', 'check_amounts',
-           'run_record', 'data_record', 'run_of', 'checkpoint_of', 'start_from', 'TrainedRun', 'folder_of',
-           'build_started', 'run_tensors', 'fit_slices', 'train_network', 'check_classes', 'OutOfFold', 'run_logits',
-           'probabilities', 'out_of_fold', 'evaluate_loss', 'Scores', 'to_8bit', 'map_metrics', 'evaluate', 'ClassMaps',
-           'predict_multiclass', 'class_overlaps', 'overlap_metrics', 'toolbox_metrics', 'multiclass_images',
-           'multiclass_metrics', 'evaluate_multiclass', 'save_run', 'train_run']
+           'settings_table', 'more_slices', 'load_run_data', 'known_shared', 'assert_no_leak', 'data_card',
+           'check_amounts', 'run_record', 'data_record', 'run_of', 'checkpoint_of', 'start_from', 'TrainedRun',
+           'folder_of', 'build_started', 'run_tensors', 'fit_slices', 'train_network', 'check_classes', 'OutOfFold',
+           'run_logits', 'probabilities', 'out_of_fold', 'evaluate_loss', 'Scores', 'to_8bit', 'map_metrics',
+           'evaluate', 'ClassMaps', 'predict_multiclass', 'class_overlaps', 'overlap_metrics', 'toolbox_metrics',
+           'multiclass_images', 'multiclass_metrics', 'evaluate_multiclass', 'save_run', 'train_run']
 
 # %% ../../nbs/4_paper/01_runs.ipynb #cell-002
 import dataclasses
@@ -28,7 +28,10 @@ from ..core import (CLASSES, CONSOLIDATION, GGO, CheckpointError, ConfigError, G
                            repo_root, resolve_device, resolve_precision, seed_everything, write_csv,
                            write_json)
 from ..data.datasets import (KNOWN_SHARED_GROUPS, SliceSet, Splits, check_disjoint, group_folds,
-                                    load_splits, shares_scan_with_train, to_tensors)
+                                    harmonise, load_splits, scan_rule, shares_scan_with_train,
+                                    to_tensors)
+from ..data.pictures import for_display
+from ..data.sources import get_source, load_masks
 from ..method.inference import iterate_logits, slice_logits
 from ..method.infnet import check_fits, count_parameters, resize_map
 from ..method.inpainting import TransferReport
@@ -69,12 +72,41 @@ def settings_table(settings: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame({"setting": list(rows), "value": [str(value) for value in rows.values()]})
 
 # %% ../../nbs/4_paper/01_runs.ipynb #cell-010
+def more_slices(name: str, root: str | Path | None) -> SliceSet:
+    """The slices of another data set, turned as COVID-SemiSeg's, their grey values matched scan by
+    scan; masks without classes."""
+    samples = list(get_source(name).find(root))
+    pairs = [(for_display(found.image, "real"), for_display(found.infection, "real"))
+             for found in map(load_masks, samples)]
+    pictures, scans = [image.round().astype(np.uint8) for image, _ in pairs], {}
+    for sample, picture in zip(samples, pictures, strict=True):
+        scans.setdefault(sample.case_id.partition("_")[0], []).append(picture)
+    rules = {scan: scan_rule(each) for scan, each in scans.items()}
+    mine = [rules[sample.case_id.partition("_")[0]] for sample in samples]
+    images = [harmonise(picture, rule) for picture, rule in zip(pictures, mine)]
+    labels = [harmonise(mask.astype(np.uint8), rule._replace(peaks=None))
+              for (_, mask), rule in zip(pairs, mine)]
+    ids = [f"{name}-{sample.case_id}" for sample in samples]
+    return SliceSet(name, "real", ids, images, labels, [sample.group for sample in samples], True)
+
+
+def _joined(one: SliceSet, more: SliceSet) -> SliceSet:
+    """Both sets after each other."""
+    lists = (getattr(one, name) + getattr(more, name) for name in ("ids", "images", "labels", "groups"))
+    return SliceSet(one.name, one.kind, *lists, one.binary_only or more.binary_only)
+
+
 def load_run_data(settings: Mapping[str, Any]) -> Splits:
-    """The training and test slices of a run, apart; `DataMissingError` with the fetch command."""
+    """The training and test slices of a run, apart; `DataMissingError` with the fetch command.
+
+    `more_data` names a data set whose slices are trained on too."""
     drawn = 0 if settings["data"] == "phantom" else settings["seed"]
-    return load_splits(settings["data"], root=settings.get("data_root") or None,
-                       size=settings["size"], n_train=settings.get("n_train"),
-                       n_test=settings.get("n_test"), seed=drawn)
+    root = settings.get("data_root") or None
+    splits = load_splits(settings["data"], root=root, size=settings["size"], seed=drawn,
+                         n_train=settings.get("n_train"), n_test=settings.get("n_test"))
+    if not settings.get("more_data"):
+        return splits
+    return splits._replace(train=_joined(splits.train, more_slices(settings["more_data"], root)))
 
 
 def known_shared(splits: Splits) -> list[bool]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covidsev.core import CheckpointError, ConfigError, GeometryError, LeakageError, NonFiniteError, has_bfloat16
-from covidsev.data.datasets import SliceSet, Splits, load_splits
+from covidsev.data.datasets import SliceSet, Splits, load_splits, spine_at_left
 from covidsev.method import training
 from covidsev.method.infnet import InfNet
 from covidsev.method.training import TrainConfig, TrainingInterrupted, save_checkpoint, weights_hash
@@ -82,6 +82,18 @@ def test_subsets_of_the_real_slices_are_drawn_from_the_seed(data_root):
     assert runs.assert_no_leak(whole)  # the known scans, named
     with pytest.raises(LeakageError):
         runs.assert_no_leak(whole._replace(test=whole.train.subset([4])))
+
+
+def test_the_medseg_volumes_join_the_training_slices_and_look_like_them(data_root):
+    real = COMMON | {"data": "covid-semiseg", "data_root": str(data_root), "n_train": None, "n_test": None}
+    alone, both = runs.load_run_data(real), runs.load_run_data(real | {"more_data": "medseg9"})
+    more = both.train.subset(range(50, len(both.train)))
+    assert len(both.train) == 462 and both.train.ids[:50] == alone.train.ids and both.test.ids == alone.test.ids
+    assert not runs.assert_no_leak(both) or runs.assert_no_leak(both) == runs.assert_no_leak(alone)
+    median = [np.median([image.mean() for image in part.images]) for part in (alone.train, more)]
+    assert abs(median[0] - median[1]) < 50 and 0 < np.mean([labels.mean() for labels in more.labels]) < 0.2
+    left = [spine_at_left(image) for image in more.images]
+    assert abs(np.mean(left) - np.mean([spine_at_left(image) for image in alone.train.images])) < 0.2
 
 
 @pytest.mark.parametrize("changes, found, missing", [
