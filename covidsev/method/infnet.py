@@ -49,7 +49,7 @@ class ConvBN(nn.Module):
 def bilinear_weights(inputs: int, outputs: int, device: torch.device) -> Tensor:
     """What each of `outputs` places along an axis takes from each of `inputs`: float32 (outputs, inputs)."""
     one_each = torch.eye(inputs, device=device)[None]
-    return functional.interpolate(one_each, size=outputs, mode="linear")[0].mT.contiguous()
+    return functional.interpolate(one_each, size=outputs, mode="linear")[0].t().contiguous()
 
 
 def resize_map(x: Tensor, size: tuple[int, int] | torch.Size, *, align_corners: bool = False) -> Tensor:
@@ -62,7 +62,7 @@ def resize_map(x: Tensor, size: tuple[int, int] | torch.Size, *, align_corners: 
     if x.shape[1] == 1 and not align_corners:
         rows, columns = (bilinear_weights(n, m, x.device) for n, m in zip(x.shape[-2:], size))
         with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-            return rows @ x.float() @ columns.mT
+            return rows @ x.float() @ columns.t()
     return functional.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 
 
