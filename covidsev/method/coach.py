@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -25,14 +25,10 @@ from .infnet import (BACKBONES, ConvBN, InfNet, Pyramid, ResidualBlock, initiali
 from .inpainting import (CELL, erase, hard_mask, mask_grid, random_mask, reconstruction_loss, soft_mask,
                                         spread)
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 # %% auto #0
 __all__ = ['RULES', 'MASKS', 'WEIGHT_DECAY', 'TURNS', 'ResNet18', 'GreyEncoder', 'CoachNet', 'frozen', 'Rule', 'coach_loss',
            'mask_entropy', 'PretextConfig', 'check_images', 'epoch_order', 'descend', 'network_step', 'coach_step',
-           'coach_cells', 'error_under', 'PretextResult', 'Pretext', 'turn', 'RotationNet', 'RotationPretext',
-           'draw_history', 'draw_masks', 'draw_pictures']
+           'coach_cells', 'error_under', 'PretextResult', 'Pretext', 'turn', 'RotationNet', 'RotationPretext']
 
 # %% ../../nbs/2_method/06b_coach.ipynb #cell-006
 class ResNet18(nn.Module):
@@ -514,75 +510,3 @@ class RotationPretext(Pretext):
     def paint(self, cells: Tensor) -> Tensor:
         """Nothing is painted."""
         return torch.empty(0, dtype=torch.uint8)
-
-# %% ../../nbs/2_method/06b_coach.ipynb #cell-049
-def draw_history(history: pd.DataFrame) -> Figure:
-    """Two panels over the epochs of a `PretextResult.history`: L_rec of the watched slices under random masks
-    and the coach's, and the entropies of the latter; the coach's turns are grey."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(7, 2.3), dpi=72, layout="constrained")
-    lines = [{"rec_random": "random masks", "rec_coach": "the coach's masks"},
-             {"spatial_entropy": "spatial entropy", "cell_entropy": "cell entropy"}]
-    for axis, names in zip(axes, lines):
-        for name, label in names.items():
-            axis.plot(history.epoch, history[name], label=label)
-        for epoch in history.epoch[history.phase == "coach"]:
-            axis.axvspan(epoch - 1, epoch, color="0.9", lw=0)
-        axis.set(xlabel="epoch")
-        axis.legend(frameon=False, fontsize=8)
-    axes[0].set(ylabel="$L_{rec}$, watched slices")
-    axes[1].set(ylim=(0, 1))
-    return figure
-
-# %% ../../nbs/2_method/06b_coach.ipynb #cell-050
-def draw_masks(result: PretextResult, watched: Tensor, epochs: list[int] | None = None,
-               slices: int = 2) -> Figure:
-    """How the masks change: rows are watched slices uint8 (n, C, H, W), erased cells tinted, and how often
-    each cell is erased; columns are epochs, by default the last of the warm-up and of each turn of the
-    coach, at most six."""
-    import matplotlib.pyplot as plt
-
-    epochs = _turns(result.history)[-6:] if epochs is None else epochs
-    slices = last = min(slices, len(watched))
-    figure, axes = plt.subplots(last + 1, len(epochs), figsize=(1.15 * len(epochs), 1.2 * (last + 1)), dpi=72,
-                                layout="constrained", squeeze=False)
-    for column, epoch in enumerate(epochs):
-        axes[0, column].set_title(f"epoch {epoch}", fontsize=8)
-        erased = 1 - result.masks[epoch].float()
-        for row in range(slices):
-            tint = spread(erased[row:row + 1], watched.shape[-2:])[0, 0].numpy()
-            axes[row, column].imshow(watched[row, 0].cpu().numpy(), cmap="gray", vmin=0, vmax=255)
-            axes[row, column].imshow(tint, cmap="autumn", alpha=0.55 * tint, vmin=0, vmax=1.5)
-        axes[last, column].imshow(erased.mean(dim=(0, 1)).numpy(), cmap="magma", vmin=0, vmax=1)
-    for axis in axes.flat:
-        axis.axis("off")
-    return figure
-
-
-def _turns(history: pd.DataFrame) -> list[int]:
-    """The last epoch of the warm-up and of each turn of the coach; every last epoch of a phase where there
-    is no coach."""
-    last = history[history.phase != history.phase.shift(-1)]
-    chosen = last[last.phase != "network"] if (last.phase == "coach").any() else last
-    return chosen.epoch.tolist()
-
-# %% ../../nbs/2_method/06b_coach.ipynb #cell-051
-def draw_pictures(result: PretextResult, watched: Tensor, number: int = 0) -> Figure:
-    """Watched slice `number` of uint8 (n, C, H, W), erased (above) and as the network paints it (below), at
-    the end of the phases, at most six."""
-    import matplotlib.pyplot as plt
-
-    epochs = sorted(result.pictures)[-6:]
-    figure, axes = plt.subplots(2, max(len(epochs), 1), figsize=(1.15 * max(len(epochs), 1), 2.5), dpi=72,
-                                layout="constrained", squeeze=False)
-    slice_ = watched[number:number + 1, :1].cpu()
-    for column, epoch in enumerate(epochs):
-        mask = spread(result.masks[epoch, number:number + 1].float(), slice_.shape[-2:])
-        holes, painted = 255 * erase(slice_.float() / 255, mask), result.pictures[epoch][number:]
-        axes[0, column].imshow(holes[0, 0].numpy(), cmap="gray", vmin=0, vmax=255)
-        axes[1, column].imshow(painted[0, 0].numpy(), cmap="gray", vmin=0, vmax=255)
-        axes[0, column].set_title(f"{epoch}: {result.history.phase[epoch]}", fontsize=8)
-    for axis in axes.flat:
-        axis.axis("off")
-    return figure

@@ -7,8 +7,8 @@ __all__ = ['Images', 'EMPTY_RULES', 'dice', 'as_map', 'as_mask', 'check_pair', '
            'confusion', 'overlap', 'dsc', 'soft_dice', 'pooled_dice', 'hd95', 'to_levels', 'grey_histograms',
            'toolbox_thresholds', 'counts_at', 'toolbox_overlap', 'e_measure', 'centroid_cut', 'quadrant_histograms',
            's_measure', 'ToolboxScores', 'toolbox_image', 'toolbox', 'threshold_curves', 'score_image', 'per_image',
-           'empty_counts', 'summarise', 'dice_by_threshold', 'best_threshold', 'bootstrap_ci', 'pictures_by_stem',
-           'StemMatch', 'match_stems', 'resize_map', 'Evaluation', 'evaluate_folder']
+           'empty_counts', 'summarise', 'pictures_by_stem', 'StemMatch', 'match_stems', 'resize_map', 'Evaluation',
+           'evaluate_folder']
 
 # %% ../../nbs/2_method/05_metrics.ipynb #cell-002
 import unicodedata
@@ -431,64 +431,6 @@ def summarise(table: "pd.DataFrame") -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["metric", "value", "n"])
 
 # %% ../../nbs/2_method/05_metrics.ipynb #cell-052
-def dice_by_threshold(probs: Images, truths: Images, grid: ArrayLike) -> NDArray[np.float64]:
-    """Dice (images, thresholds) at each threshold of a rising `grid`; NaN where both masks are empty."""
-    grid = np.asarray(grid, dtype=np.float64)
-    if not grid.size or (np.diff(grid) <= 0).any():
-        raise ConfigError("the grid of thresholds must rise", found=grid.tolist(), expected="rising numbers")
-    bins, rows = np.arange(grid.size + 1), []
-    for probability, truth in (check_pair(*pair) for pair in check_pairs(probs, truths)):
-        passed = np.searchsorted(grid, probability, side="right")  # how many thresholds each pixel reaches
-        tp, fp, fn, _ = counts_at(grey_histograms(passed, truth, bins.size), bins, bins[1:])
-        whole = 2 * tp + fp + fn
-        rows.append(np.divide(2.0 * tp, whole, out=np.full(grid.size, np.nan), where=whole > 0))
-    return np.array(rows)
-
-
-def best_threshold(probs: Images, truths: Images, grid: ArrayLike = np.linspace(0.05, 0.95, 19)) -> float:
-    """The threshold of `grid` with the highest mean Dice per image; of equal ones the nearest to 0.5.
-
-    For validation images only. An image empty in truth and prediction is left out of the mean;
-    `ConfigError` if that leaves none at any threshold."""
-    scores = dice_by_threshold(probs, truths, grid)
-    exists = ~np.isnan(scores)
-    if not exists.any():
-        raise ConfigError("no threshold can be chosen",
-                          found=f"{len(scores)} images, all empty in truth and prediction")
-    means = np.where(exists, scores, 0).sum(axis=0) / np.maximum(exists.sum(axis=0), 1)
-    near_half = np.abs(np.asarray(grid) - 0.5)
-    return float(np.asarray(grid)[np.lexsort((near_half, -means.round(12)))[0]])
-
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-056
-def _one_group_each(values: NDArray, groups: Sequence | None) -> NDArray[np.intp]:
-    """The number of each value's group; for None each is its own. `ConfigError` if the lengths differ."""
-    if groups is None:
-        return np.arange(values.size)
-    if len(groups) != values.size:
-        raise ConfigError("each value needs one group", found=f"{len(groups)} groups, {values.size} values")
-    return np.unique([str(group) for group in groups], return_inverse=True)[1]
-
-
-def bootstrap_ci(values: ArrayLike, groups: Sequence | None = None, draws: int = 2000, seed: int = 0,
-                 level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval (low, high) of the mean of `values` (n,); NaN values are left out.
-
-    With `groups` (patients, scans) whole groups are drawn. (NaN, NaN) with fewer than two: nothing varies."""
-    values = np.asarray(values, dtype=np.float64).ravel()
-    if not values.size or draws < 1 or not 0 < level < 1:
-        raise ConfigError("a bootstrap needs values, draws and a level in (0, 1)",
-                          found=f"{values.size} values, {draws} draws, level {level}")
-    number, exists = _one_group_each(values, groups), ~np.isnan(values)
-    number = np.unique(number[exists], return_inverse=True)[1]
-    sums, sizes = np.bincount(number, weights=values[exists]), np.bincount(number)
-    if sizes.size < 2:
-        return float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).integers(sizes.size, size=(draws, sizes.size))
-    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
-    return float(low), float(high)
-
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-059
 def pictures_by_stem(folder: str | Path) -> dict[str, Path]:
     """The pictures of a folder by stem, in natural order.
 
@@ -550,7 +492,7 @@ def resize_map(probability: ArrayLike, shape: tuple[int, int]) -> NDArray[np.flo
     picture = picture.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
     return np.clip(np.floor(255 * np.asarray(picture, dtype=np.float64) + 0.5), 0, 255) / 255
 
-# %% ../../nbs/2_method/05_metrics.ipynb #cell-061
+# %% ../../nbs/2_method/05_metrics.ipynb #cell-054
 class Evaluation(NamedTuple):
     """`summary` (columns metric, value), `per_image` (one row per image), and the stems without a partner."""
 
@@ -560,13 +502,21 @@ class Evaluation(NamedTuple):
     without_map: list[str]
 
 
+def _interval(values: NDArray) -> tuple[float, float]:
+    """The middle 95 % of the means of images drawn with replacement; NaN for fewer than two."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(axis=1)
+    return tuple(float(end) for end in np.percentile(means, [2.5, 97.5]))
+
+
 def _summary(maps: list, truths: list, table: "pd.DataFrame", settings: dict[str, float],
              empty: str) -> "pd.DataFrame":
     """Columns metric, value: toolbox, plain means, pooled Dice and interval, counts, `settings`."""
     import pandas as pd
 
     plain = summarise(table).set_index("metric")["value"].rename({"mae": "mae_unstretched"}).to_dict()
-    low, high = bootstrap_ci(table["dice"])
+    low, high = _interval(table["dice"].dropna().to_numpy())
     rows = {**toolbox(maps, truths), **plain, "dice_ci_low": low, "dice_ci_high": high,
             "pooled_dice": pooled_dice(maps, truths, settings["threshold"], empty), **settings}
     return pd.DataFrame({"metric": list(rows), "value": [float(value) for value in rows.values()]})

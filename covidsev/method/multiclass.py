@@ -5,8 +5,8 @@
 # %% ../../nbs/2_method/07_multiclass.ipynb #cell-002
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ..core import (CLASSES, ConfigError, GeometryError, IntensityError, LeakageError, MaskError,
-                             check_choice)
-from ..data.datasets import SliceSet, check_disjoint
+from ..core import CLASSES, ConfigError, GeometryError, MaskError
 from .infnet import resize_map
 from .losses import focal
 from .metrics import as_map, check_pairs, confusion, overlap
@@ -25,10 +23,8 @@ if TYPE_CHECKING:  # for readers and editors: pandas is imported where a table i
     import pandas as pd
 
 # %% auto #0
-__all__ = ['N_CLASSES', 'LOSS_KINDS', 'PRIOR_SOURCES', 'Predict', 'check_labels', 'one_hot', 'MultiClassLoss', 'check_loss',
-           'smooth_background', 'loss_map', 'weight_map', 'multiclass_loss', 'class_table', 'balanced_weights',
-           'fold_assignments', 'Priors', 'check_priors', 'out_of_fold_priors', 'predicted_priors', 'training_priors',
-           'prior_tensor', 'classes_of', 'class_dice', 'dice_table']
+__all__ = ['N_CLASSES', 'check_labels', 'one_hot', 'multiclass_loss', 'class_table', 'fold_assignments', 'prior_tensor',
+           'classes_of', 'class_dice', 'dice_table']
 
 # %% ../../nbs/2_method/07_multiclass.ipynb #cell-008
 N_CLASSES = len(CLASSES)
@@ -55,80 +51,16 @@ def one_hot(labels: Tensor) -> Tensor:
     return (labels == torch.arange(N_CLASSES, device=labels.device).view(1, -1, 1, 1)).float()
 
 # %% ../../nbs/2_method/07_multiclass.ipynb #cell-014
-LOSS_KINDS = ("sigmoid", "softmax")
-
-
-class MultiClassLoss(NamedTuple):
-    """Settings of the loss: "sigmoid" (as published) or "softmax", class weights, smoothing, focal options.
-
-    The published variants: `background_smoothing=0.1`, `focal_gamma=2`."""
-
-    kind: str = "sigmoid"
-    class_weights: tuple[float, float, float] | None = None
-    background_smoothing: float = 0.0
-    focal_gamma: float = 0.0
-    focal_alpha: float = 1.0
-
-
-def check_loss(loss: MultiClassLoss) -> MultiClassLoss:
-    """The settings, if they make a loss; ConfigError that names the wrong one otherwise."""
-    check_choice("multi-class loss", loss.kind, LOSS_KINDS)
-    weights = (1.0,) * N_CLASSES if loss.class_weights is None else loss.class_weights
-    if len(weights) != N_CLASSES or not all(0 <= w < float("inf") for w in weights) or not sum(weights):
-        raise ConfigError("class_weights must be three numbers, none negative, not all zero", found=weights,
-                          fix="use covidsev.method.multiclass.balanced_weights")
-    if not 0 <= loss.background_smoothing < 1:
-        raise ConfigError("background_smoothing is a share", found=loss.background_smoothing,
-                          expected="0 to below 1")
-    if not (loss.focal_gamma >= 0 and loss.focal_alpha > 0):
-        raise ConfigError("the focal loss needs gamma of at least 0 and alpha above 0",
-                          found=f"gamma {loss.focal_gamma}, alpha {loss.focal_alpha}")
-    return loss
-
-
-def smooth_background(target: Tensor, share: float, *, spread: bool) -> Tensor:
-    """One-hot planes `(B, 3, H, W)`, the background times 1 - share; `spread`: the rest to the others."""
-    background, infection = target[:, :1], target[:, 1:]
-    infection = infection + spread * share / (N_CLASSES - 1) * background
-    return torch.cat([(1 - share) * background, infection], dim=1)
-
-
-def loss_map(logits: Tensor, labels: Tensor, loss: MultiClassLoss = MultiClassLoss()) -> Tensor:
-    """Un-reduced, unweighted loss of logits `(B, 3, H, W)` against labels `(B, 1, H, W)`, in float32.
-
-    `(B, 3, H, W)` for "sigmoid", `(B, 1, H, W)` for "softmax". Errors as in `multiclass_loss`."""
+def multiclass_loss(logits: Tensor, labels: Tensor, focal_gamma: float = 0.0) -> Tensor:
+    """The scalar to differentiate, in float32: mean over planes and pixels of the (focal) cross-entropy of logits
+    `(B, 3, H, W)` against labels `(B, 1, H, W)`. GeometryError for unequal sizes."""
     truth, logits = one_hot(labels), logits.float()
     if truth.shape != logits.shape:
         raise GeometryError("logits and labels differ in size", expected="(B, 3, H, W) and (B, 1, H, W)",
                             found=f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}",
                             fix="resize the labels, nearest")
-    softmax = loss.kind == "softmax"
-    target = smooth_background(truth, loss.background_smoothing, spread=softmax)
-    if softmax:
-        each = -(target * logits.log_softmax(dim=1)).sum(dim=1, keepdim=True)
-    else:
-        each = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return focal(each, loss.focal_gamma, loss.focal_alpha)
-
-
-def weight_map(labels: Tensor, loss: MultiClassLoss) -> Tensor:
-    """Weights for `loss_map`: of the plane for "sigmoid", of the pixel's true class for "softmax"."""
-    truth, weights = one_hot(labels), loss.class_weights or (1.0,) * N_CLASSES
-    planes = truth if loss.kind == "softmax" else torch.ones_like(truth)
-    weighted = torch.cat([weight * planes[:, k:k + 1] for k, weight in enumerate(weights)], dim=1)
-    return weighted.sum(dim=1, keepdim=True) if loss.kind == "softmax" else weighted
-
-
-def multiclass_loss(logits: Tensor, labels: Tensor, loss: MultiClassLoss = MultiClassLoss()) -> Tensor:
-    """The scalar to differentiate: (weighted) mean of `loss_map` over planes and pixels, in float32.
-
-    Raises GeometryError for unequal sizes, MaskError for labels outside {0, 1, 2}, ConfigError for impossible
-    settings."""
-    each = loss_map(logits, labels, check_loss(loss))
-    if loss.class_weights is None:
-        return each.mean()
-    weights = weight_map(labels, loss)
-    return (weights * each).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+    each = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return focal(each, focal_gamma).mean()
 
 # %% ../../nbs/2_method/07_multiclass.ipynb #cell-020
 def class_table(labels: Sequence[ArrayLike]) -> "pd.DataFrame":
@@ -147,20 +79,7 @@ def class_table(labels: Sequence[ArrayLike]) -> "pd.DataFrame":
     return pd.DataFrame({"class": list(CLASSES), "pixels": pixels, "share": pixels / pixels.sum(),
                          "slices": slices, "note": notes})
 
-
-def balanced_weights(labels: Sequence[ArrayLike]) -> tuple[float, float, float]:
-    """Weights that give each class the same total, and the pixels one on average: w = N / (3 n).
-
-    ConfigError when a class is missing. Errors as in `class_table`."""
-    table = class_table(labels)
-    if missing := list(table.loc[table["pixels"] == 0, "class"]):
-        raise ConfigError("a class is missing from the training set",
-                          found=f"no pixel of {', '.join(missing)}",
-                          expected="all three classes",
-                          fix="add slices that show it, or train without class weights")
-    return tuple(float(n) for n in table["pixels"].sum() / (N_CLASSES * table["pixels"]))
-
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-024
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-023
 def fold_assignments(groups: Sequence[str], n_folds: int, seed: int = 0) -> NDArray[np.int64]:
     """The fold (0 to n_folds - 1) of each slice: whole groups, drawn with `seed`, spread evenly.
 
@@ -179,123 +98,8 @@ def fold_assignments(groups: Sequence[str], n_folds: int, seed: int = 0) -> NDAr
         load[fold_of[group]] += sizes[group]
     return fold_of[number]
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-026
-PRIOR_SOURCES = ("out_of_fold", "predicted", "ground_truth")
-
-# from images (H, W) to maps (H, W) in [0, 1]
-Predict = Callable[[Sequence[NDArray[np.uint8]]], Sequence[ArrayLike]]
-
-
-class Priors(NamedTuple):
-    """Maps float32 (H, W) in [0, 1], one a slice; their source; the ids that each slice's model had seen."""
-
-    source: str
-    maps: list[NDArray[np.float32]]
-    seen: list[frozenset[str]]
-
-
-def _as_prior(values: ArrayLike, image: NDArray) -> NDArray[np.float32]:
-    """A map of the size of its image, in [0, 1]; GeometryError or IntensityError otherwise."""
-    prior = as_map(values).astype(np.float32)
-    if prior.shape != image.shape:
-        raise GeometryError("prior and image differ in size",
-                            found=f"image {image.shape}, prior {prior.shape}",
-                            fix="resize the prediction to the slice, as predict_slices does")
-    return prior
-
-
-def _apply(predict: Predict, slices: SliceSet) -> list[NDArray[np.float32]]:
-    """The maps of all slices, from their images alone."""
-    maps = list(predict([image.copy() for image in slices.images]))
-    if len(maps) != len(slices):
-        raise ConfigError("each slice needs one prior", found=f"{len(maps)} maps for {len(slices)} slices")
-    return [_as_prior(values, image) for values, image in zip(maps, slices.images, strict=True)]
-
-
-def _seen_scans(priors: Priors, slices: SliceSet) -> list[str]:
-    """The ids of the slices whose model had seen the slice itself or another one of its scan group."""
-    group_of = dict(zip(slices.ids, slices.groups, strict=True))
-    return [slice_id for slice_id, seen in zip(slices.ids, priors.seen, strict=True)
-            if slice_id in seen or group_of[slice_id] in {group_of.get(other) for other in seen}]
-
-
-def check_priors(priors: Priors, slices: SliceSet) -> Priors:
-    """The priors, if no slice's model saw the slice or its scan group; LeakageError with the ids otherwise.
-
-    Also refuses maps that equal the truth on every slice, whatever they are called, unless `source` says
-    "ground_truth"."""
-    check_choice("source of priors", priors.source, PRIOR_SOURCES)
-    if not len(priors.maps) == len(priors.seen) == len(slices):
-        raise ConfigError("each slice needs one prior",
-                          found=f"{len(priors.maps)} maps for {len(slices)} slices")
-    if priors.source == "ground_truth":
-        return priors
-    leaks = _seen_scans(priors, slices)
-    if leaks:
-        raise LeakageError("priors come from models that saw the slice or its scan",
-                           found=f"slices {', '.join(leaks)}",
-                           expected="out-of-fold predictions",
-                           fix="use fold_assignments and out_of_fold_priors")
-    if all(np.array_equal(prior, slices.infection(k)) for k, prior in enumerate(priors.maps)):
-        raise LeakageError("the priors are the ground truth",
-                           found=f"{len(slices)} of {len(slices)} maps equal the mask",
-                           expected="predictions", fix='if the ablation is meant, say prior="ground_truth"')
-    return priors
-
-
-def _one_fold(train_fold: Callable, slices: SliceSet, folds: NDArray, fold: int) -> tuple[SliceSet, list]:
-    """Train on the other folds, predict this one: the training part and the maps."""
-    train, held_out = (slices.subset(np.flatnonzero(part)) for part in (folds != fold, folds == fold))
-    check_disjoint(train=train, held_out=held_out)
-    return train, _apply(train_fold(train, fold), held_out)
-
-
-def out_of_fold_priors(train_fold: Callable[[SliceSet, int], Predict], slices: SliceSet,
-                       folds: ArrayLike) -> Priors:
-    """A prior for each slice, from a model that saw neither the slice nor its scan group.
-
-    train_fold(train, fold) gets the slices of the other folds and gives a function from images to maps; it
-    sees images only. folds: as `fold_assignments` gives them. LeakageError when a group or an identical image
-    stands in two folds or the maps are the truth; ConfigError for fewer than two folds; GeometryError,
-    IntensityError for wrong maps."""
-    folds = np.asarray(folds)
-    if folds.shape != (len(slices),) or len(np.unique(folds)) < 2:
-        raise ConfigError("each slice needs a fold, and there must be two",
-                          found=f"{folds.shape} folds for {len(slices)} slices",
-                          fix="use covidsev.method.multiclass.fold_assignments(slices.groups, n_folds, seed)")
-    maps, seen = [None] * len(slices), [frozenset()] * len(slices)
-    for fold in np.unique(folds):
-        train, predicted = _one_fold(train_fold, slices, folds, int(fold))
-        for index, prior in zip(np.flatnonzero(folds == fold), predicted, strict=True):
-            maps[index], seen[index] = prior, frozenset(train.ids)
-    return check_priors(Priors("out_of_fold", maps, seen), slices)
-
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-028
-def predicted_priors(predict: Predict, slices: SliceSet, trained_on: SliceSet,
-                     known: Collection[str] = ()) -> Priors:
-    """Priors of slices outside the training set, from a model trained on `trained_on`.
-
-    LeakageError when the sets share a group or an image; groups in `known` may be (see `check_disjoint`)."""
-    check_disjoint(known=known, train=trained_on, test=slices)
-    nobody = frozenset()  # checked just now, by group and by content
-    return check_priors(Priors("predicted", _apply(predict, slices), [nobody] * len(slices)), slices)
-
-
-def training_priors(slices: SliceSet, prior: str = "out_of_fold", *,
-                    train_fold: Callable[[SliceSet, int], Predict] | None = None,
-                    folds: ArrayLike | None = None) -> Priors:
-    """Priors to train with: "out_of_fold" (needs train_fold and folds), or the ablation "ground_truth"."""
-    if check_choice("prior", prior, ("out_of_fold", "ground_truth")) == "ground_truth":
-        maps = [slices.infection(k).astype(np.float32) for k in range(len(slices))]
-        return Priors(prior, maps, [frozenset(slices.ids)] * len(slices))
-    if train_fold is None or folds is None:
-        raise ConfigError("out-of-fold priors need train_fold and folds",
-                          found=f"train_fold {train_fold}, folds {folds}",
-                          fix='give both; the leaking ablation has to be asked for: prior="ground_truth"')
-    return out_of_fold_priors(train_fold, slices, folds)
-
-
-def prior_tensor(maps: Sequence[ArrayLike], size: int, device: str | torch.device = "cpu") -> Tensor:
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-025
+def prior_tensor(maps: Sequence[ArrayLike], size: int) -> Tensor:
     """Maps (H, W) in [0, 1], each of its own size, as float32 `(N, 1, size, size)`: bilinear, antialiased.
 
     IntensityError for values outside [0, 1] or NaN; ConfigError for no map."""
@@ -303,9 +107,9 @@ def prior_tensor(maps: Sequence[ArrayLike], size: int, device: str | torch.devic
         raise ConfigError("there is no prior", found="0 maps")
     tensors = [torch.from_numpy(as_map(one).astype(np.float32))[None, None] for one in maps]
     resized = [functional.interpolate(one, (size, size), mode="bilinear", antialias=True) for one in tensors]
-    return torch.cat(resized).clamp(0, 1).to(device)
+    return torch.cat(resized).clamp(0, 1)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-034
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-030
 def classes_of(logits: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
     """Class of each pixel, uint8 `(B, 1, H, W)`, of logits `(B, 3, h, w)`: resized to `shape`, then argmax.
 
@@ -313,7 +117,7 @@ def classes_of(logits: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
     logits = logits if shape is None else resize_map(logits.float(), shape)
     return logits.argmax(dim=1, keepdim=True).to(torch.uint8)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-037
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-033
 def class_dice(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike],
                ids: Sequence[str] | None = None) -> "pd.DataFrame":
     """One row for each slice and class: id, class, dice, n_truth and n_pred in pixels.

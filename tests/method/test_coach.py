@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from covidsev.method import infnet
-from covidsev.method.coach import (RULES, CoachNet, Pretext, PretextConfig, PretextResult, RotationNet, RotationPretext, check_images,
-                                   coach_cells, coach_loss, coach_step, descend, epoch_order, error_under, frozen, mask_entropy, network_step,
+from covidsev.method.coach import (RULES, CoachNet, Pretext, PretextConfig, PretextResult, RotationNet, RotationPretext, coach_cells, coach_loss, coach_step, descend, epoch_order, error_under, frozen, mask_entropy, network_step,
                                    turn)
 from covidsev.method.inpainting import (GREY_STD, LAST_LAYERS, InpaintingInfNet, InpaintingNet, constrain, erase, grey_error,
                                         grey_gradient, grey_of, hard_mask, linear_head, mask_grid, normalised_grey, painted_grey,

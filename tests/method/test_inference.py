@@ -10,7 +10,6 @@ import sys
 import nibabel
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given, strategies as st
 from torch import nn

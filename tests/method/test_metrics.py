@@ -16,13 +16,10 @@ from covidsev.method import metrics
 from covidsev.core import ConfigError, GeometryError, IntensityError, MaskError
 from covidsev.method.metrics import (
     Counts,
-    best_threshold,
-    bootstrap_ci,
     check_pair,
     confusion,
     counts_at,
     dice,
-    dice_by_threshold,
     dsc,
     e_measure,
     empty_counts,
@@ -438,60 +435,6 @@ def test_inputs_are_not_changed_and_dtype_does_not_matter():
 # choosing a threshold ---------------------------------------------------------------------------------------
 
 
-@given(st.lists(FLOATS, min_size=1, max_size=3))
-def test_dice_by_threshold_is_dice_at_each_threshold(pairs):
-    grid = np.array([0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0])
-    maps, truths = zip(*pairs)
-    expected = [[dice(m >= t, g) for t in grid] for m, g in pairs]
-    np.testing.assert_array_equal(dice_by_threshold(maps, truths, grid), expected)
-
-
-def test_best_threshold_finds_a_planted_one_and_prefers_the_middle():
-    truth = np.zeros((20, 20), bool)
-    truth[5:12, 5:12] = True
-    planted = np.where(truth, 0.33, 0.27)
-    assert best_threshold([planted], [truth]) == pytest.approx(0.3)
-    assert best_threshold([truth], [truth]) == pytest.approx(0.5)
-    assert best_threshold([planted, truth * 0.0], [truth, truth * 0]) == pytest.approx(0.3), (
-        "an empty image has no say"
-    )
-
-
-# statistics -------------------------------------------------------------------------------------------------
-
-
-def test_bootstrap_covers_the_mean_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    inside = 0
-    for k in range(200):
-        low, high = bootstrap_ci(rng.normal(0.7, 0.1, 40), draws=400, seed=k)
-        inside += low <= 0.7 <= high
-    assert 0.88 <= inside / 200 <= 0.99
-
-
-def test_bootstrap_by_group_is_wider_where_images_of_a_group_agree():
-    rng = np.random.default_rng(1)
-    groups = np.repeat(np.arange(8), 6)
-    values = rng.normal(0.6, 0.15, 8)[groups] + rng.normal(0, 0.01, 48)
-    alone, grouped = bootstrap_ci(values), bootstrap_ci(values, groups=groups)
-    assert grouped[1] - grouped[0] > 1.8 * (alone[1] - alone[0])
-    shuffle = rng.permutation(48)
-    np.testing.assert_allclose(bootstrap_ci(values[shuffle], groups=groups[shuffle]), grouped, atol=1e-12)
-
-
-def test_bootstrap_is_seeded_and_leaves_nan_out():
-    values = [0.2, 0.5, np.nan, 0.9]
-    assert bootstrap_ci(values) == bootstrap_ci(values) == bootstrap_ci([0.2, 0.5, 0.9])
-    many = np.random.default_rng(0).random(30)
-    assert bootstrap_ci(many, seed=1) != bootstrap_ci(many, seed=2)
-    narrow, wide = bootstrap_ci(values, level=0.5), bootstrap_ci(values, level=0.99)
-    assert wide[0] <= narrow[0] <= narrow[1] <= wide[1]
-    assert (
-        np.isnan(bootstrap_ci([np.nan, 0.4])).all()
-        and np.isnan(bootstrap_ci([1, 2], groups=["a", "a"])).all()
-    )
-
-
 # bad input --------------------------------------------------------------------------------------------------
 
 OK = np.zeros((4, 4)), np.eye(4)
@@ -522,18 +465,11 @@ OK = np.zeros((4, 4)), np.eye(4)
         (lambda: toolbox([], []), ConfigError, "0 maps, 0 truths"),
         (lambda: per_image([OK[0]], []), ConfigError, "1 maps, 0 truths"),
         (lambda: pooled_dice([], []), ConfigError, "0 maps, 0 truths"),
-        (lambda: best_threshold([], []), ConfigError, "0 maps, 0 truths"),
-        (lambda: best_threshold([OK[0]], [OK[0]]), ConfigError, "all empty in truth and prediction"),
-        (lambda: best_threshold([OK[0]], [OK[1]], grid=[]), ConfigError, "must rise"),
         (lambda: per_image([OK[0]], [OK[1]], threshold=1.5), ConfigError, "found: 1.5"),
         (lambda: per_image([OK[0]], [OK[1]], threshold=float("nan")), ConfigError, "found: nan"),
         (lambda: per_image([OK[0]], [OK[1]], empty="zeros"), ConfigError, "did you mean 'zero'?"),
         (lambda: hd95(*OK, empty="none"), ConfigError, "unknown empty rule 'none'"),
         (lambda: per_image([OK[0]], [OK[1]], ids=["a", "b"]), ConfigError, "2 ids, 1 images"),
-        (lambda: bootstrap_ci([]), ConfigError, "0 values"),
-        (lambda: bootstrap_ci([1, 2], draws=0), ConfigError, "0 draws"),
-        (lambda: bootstrap_ci([1, 2], level=95), ConfigError, "level 95"),
-        (lambda: bootstrap_ci([1, 2], groups=[1]), ConfigError, "1 groups, 2 values"),
         (lambda: match_stems([], ["a"]), MaskError, "maps for: a"),
     ],
 )
