@@ -39,7 +39,7 @@ from .augmentation import augment, augmentation
 from .infnet import load_weights
 from .losses import (LossParts, SideOutputs, infnet_loss, test_loss_mean,
                                     test_loss_sum)
-from .multiclass import MultiClassLoss, multiclass_loss
+from .multiclass import multiclass_loss
 
 # %% ../../nbs/2_method/08_training.ipynb #cell-005
 _LEAST = {"warmup_epochs": 0, "weight_decay": 0, "lookahead": 0, "focal_gamma": 0, "clip_norm": 0,
@@ -168,8 +168,7 @@ class MultiTask:
         """The loss, float32."""
         with autocast(batch.images.device, config.precision):
             logits = model(batch.images, batch.prior).logits
-        options = MultiClassLoss(focal_gamma=config.focal_gamma)
-        return LossParts(multiclass_loss(logits.float(), batch.labels, options))
+        return LossParts(multiclass_loss(logits, batch.labels, config.focal_gamma))
 
     def test_losses(self, parts: LossParts) -> tuple[torch.Tensor, torch.Tensor]:
         """There is one map: its sum and its mean are the same."""
