@@ -20,6 +20,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                               'covidsev.cli.bench': ('cli.html#bench', 'covidsev/cli.py'),
                               'covidsev.cli.check_data': ('cli.html#check_data', 'covidsev/cli.py'),
                               'covidsev.cli.data': ('cli.html#data', 'covidsev/cli.py'),
+                              'covidsev.cli.demo': ('cli.html#demo', 'covidsev/cli.py'),
                               'covidsev.cli.evaluate': ('cli.html#evaluate', 'covidsev/cli.py'),
                               'covidsev.cli.export': ('cli.html#export', 'covidsev/cli.py'),
                               'covidsev.cli.get_data': ('cli.html#get_data', 'covidsev/cli.py'),

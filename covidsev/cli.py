@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERRUPTED', 'run_cleanly', 'CleanGroup', 'main', 'ListedCommand', 'info', 'show_results', 'reproduce', 'render',
            'data', 'list_data', 'get_data', 'check_data', 'train', 'evaluate', 'parse_pair', 'parse_label_maps',
-           'parse_cuts', 'export', 'bench', 'verify', 'where']
+           'parse_cuts', 'demo', 'export', 'bench', 'verify', 'where']
 
 # %% ../nbs/90_cli.ipynb #cell-002
 import json
@@ -429,6 +429,16 @@ _scan_command("segment",
 _scan_command("severity", "Score the scan IN, or each scan in the folder IN: CT-SS, other scores, "
               "masks and a report. IN: a NIfTI file, a DICOM folder, a picture, or a folder of "
               "these. Not a medical device.")
+
+
+@main.command()
+@click.option("-o", "--out", default="covidsev-demo", show_default=True, type=click.Path(file_okay=False),
+              help="Folder for the results.")
+def demo(out: str) -> None:
+    """Make a phantom scan with its infection mask, score it, and name the report."""
+    from covidsev.severity.cases import demo as make
+
+    click.echo(f"see {make(out, echo=click.echo)}")
 
 # %% ../nbs/90_cli.ipynb #cell-036
 @main.command()

@@ -168,3 +168,14 @@ def test_interruption(clinic, tmp_path):
     _, said = process.communicate(timeout=100)
     assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
     assert not list((tmp_path / "out").glob(".*.partial")) and not (tmp_path / "out" / "severity.csv").exists()
+
+
+def test_demo(tmp_path):
+    """A report of a phantom, twice over its own result, and never over somebody's file."""
+    for _ in range(2):
+        status, text = call("demo", "-o", tmp_path / "demo")
+        assert status == 0 and "CT-SS" in text and f"see {tmp_path / 'demo' / 'scan' / 'report.html'}" in text
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.html").write_text("mine")
+    status, text = call("demo", "-o", tmp_path / "mine")
+    assert status == 2 and "so it stays" in text and (tmp_path / "mine" / "report.html").read_text() == "mine"
