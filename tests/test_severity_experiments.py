@@ -17,7 +17,7 @@ from covidsev.data.scans import turn_picture
 from covidsev.data.sources import get_source
 from covidsev.method.training import save_checkpoint
 from covidsev.method.unets import build_network
-from covidsev.paper import experiments, figures
+from covidsev.paper import experiments, tables
 from covidsev.paper import validation as va
 
 FOLDER = repo_root() / "nbs" / "experiments"

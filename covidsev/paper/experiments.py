@@ -734,7 +734,7 @@ def source_key(source: str, without: Iterable[str] = ()) -> dict[str, str]:
     return {name or MODULE_LEVEL: digest for name, digest in sorted(found.items())}
 
 # %% ../../nbs/4_paper/06_experiments.ipynb #cell-045
-DRAWING = ("covidsev.data.show", "covidsev.paper.figures", "covidsev.severity.viewer")
+DRAWING = ("covidsev.data.show", "covidsev.paper.tables", "covidsev.severity.viewer")
 
 
 def library_key(run: Run) -> dict[str, str]:
