@@ -29,8 +29,10 @@ setup(
     author=cfg["author"],
     license="Apache-2.0",
     keywords=cfg["keywords"],
-    packages=find_packages(include=["covidsev", "covidsev.*"]),
-    package_data={"": ["*.csv", "*.json", "*.j2", "*.html", "*.css", "*.svg"]},
+    packages=[*find_packages(include=["covidsev", "covidsev.*"]), "covidsev.weights"],
+    package_dir={"covidsev.weights": "weights"},  # the trained networks, CC BY-NC-SA 4.0: see their cards
+    package_data={"": ["*.csv", "*.json", "*.toml", "*.j2", "*.html", "*.css", "*.svg"],
+                  "covidsev.weights": ["*.safetensors", "*.json", "*.md"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
     extras_require=extras,
