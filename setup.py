@@ -31,7 +31,7 @@ setup(
     keywords=cfg["keywords"],
     packages=[*find_packages(include=["covidsev", "covidsev.*"]), "covidsev.weights"],
     package_dir={"covidsev.weights": "weights"},  # the trained networks, CC BY-NC-SA 4.0: see their cards
-    package_data={"": ["*.csv", "*.json", "*.toml", "*.j2", "*.html", "*.css", "*.svg"],
+    package_data={"": ["*.csv", "*.json", "*.toml", "*.j2", "templates/*"],
                   "covidsev.weights": ["*.safetensors", "*.json", "*.md"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
