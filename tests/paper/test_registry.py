@@ -125,3 +125,14 @@ def test_each_prior_is_of_the_same_seed_and_few_label_rows_share_five_pretexts(r
 def test_three_losses_of_the_coach_are_registered(registry):
     named = {content["parameters"].get("coach_loss", "squares") for content in registry.experiments["pretext"].rows.values()}
     assert named == {"squares", "cross_entropy", "through_network"}
+
+
+@pytest.mark.parametrize("profile", ["cpu", "paper"])
+def test_the_settings_of_the_rows_are_among_those_that_were_tried(registry, profile):
+    """`selection` chooses on the training slices; its notebook stops where its choice is not what stands here."""
+    tried = resolve(registry, profile, "selection", "infnet", 0).parameters
+    stands = registry.profiles[profile].parameters["train_single"]
+    for name, values in (("size", "sizes"), ("epochs", "epochs_tried"), ("learning_rate", "rates"), ("ema", "means")):
+        assert stands[name] in tried[values], name
+    assert {name: tried[name] for name in ("batch_size", "warmup_epochs", "n_train")} == {
+        "batch_size": stands["batch_size"], "warmup_epochs": stands["warmup_epochs"], "n_train": None}
