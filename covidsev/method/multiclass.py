@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # for readers and editors: pandas is imported where a table i
     import pandas as pd
 
 # %% auto #0
-__all__ = ['N_CLASSES', 'check_labels', 'one_hot', 'multiclass_loss', 'class_table', 'fold_assignments', 'prior_tensor',
-           'classes_of', 'class_dice', 'dice_table']
+__all__ = ['N_CLASSES', 'check_labels', 'one_hot', 'multiclass_loss', 'class_table', 'prior_tensor', 'classes_of', 'class_dice',
+           'dice_table']
 
 # %% ../../nbs/2_method/07_multiclass.ipynb #cell-008
 N_CLASSES = len(CLASSES)
@@ -80,25 +80,6 @@ def class_table(labels: Sequence[ArrayLike]) -> "pd.DataFrame":
                          "slices": slices, "note": notes})
 
 # %% ../../nbs/2_method/07_multiclass.ipynb #cell-023
-def fold_assignments(groups: Sequence[str], n_folds: int, seed: int = 0) -> NDArray[np.int64]:
-    """The fold (0 to n_folds - 1) of each slice: whole groups, drawn with `seed`, spread evenly.
-
-    Depends on the set of groups and their sizes, not on the order of the slices.
-    ConfigError unless there are at least two folds, and a group for each."""
-    names, number, sizes = np.unique(list(map(str, groups)), return_inverse=True, return_counts=True)
-    if not 2 <= n_folds <= len(names):
-        raise ConfigError(f"cannot make {n_folds} folds",
-                          found=f"{len(groups)} slices in {len(names)} scan groups",
-                          expected="at least 2 folds, and a scan group for each",
-                          fix="choose fewer folds, or add slices")
-    drawn = np.random.default_rng(seed).permutation(len(names))
-    fold_of, load = np.zeros(len(names), dtype=np.int64), np.zeros(n_folds, dtype=np.int64)
-    for group in drawn[np.argsort(-sizes[drawn], kind="stable")]:  # large ones first: the folds come out even
-        fold_of[group] = load.argmin()
-        load[fold_of[group]] += sizes[group]
-    return fold_of[number]
-
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-025
 def prior_tensor(maps: Sequence[ArrayLike], size: int) -> Tensor:
     """Maps (H, W) in [0, 1], each of its own size, as float32 `(N, 1, size, size)`: bilinear, antialiased.
 
@@ -109,7 +90,7 @@ def prior_tensor(maps: Sequence[ArrayLike], size: int) -> Tensor:
     resized = [functional.interpolate(one, (size, size), mode="bilinear", antialias=True) for one in tensors]
     return torch.cat(resized).clamp(0, 1)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-030
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-028
 def classes_of(logits: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
     """Class of each pixel, uint8 `(B, 1, H, W)`, of logits `(B, 3, h, w)`: resized to `shape`, then argmax.
 
@@ -117,7 +98,7 @@ def classes_of(logits: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
     logits = logits if shape is None else resize_map(logits.float(), shape)
     return logits.argmax(dim=1, keepdim=True).to(torch.uint8)
 
-# %% ../../nbs/2_method/07_multiclass.ipynb #cell-033
+# %% ../../nbs/2_method/07_multiclass.ipynb #cell-031
 def class_dice(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike],
                ids: Sequence[str] | None = None) -> "pd.DataFrame":
     """One row for each slice and class: id, class, dice, n_truth and n_pred in pixels.

@@ -13,7 +13,7 @@ from covidsev.data.datasets import (SliceSet, load_covid_semiseg, load_phantom)
 from covidsev.data.pictures import read_map
 from covidsev.method.losses import focal
 from covidsev.method.metrics import per_image
-from covidsev.method.multiclass import (check_labels, class_dice, class_table, classes_of, dice_table, fold_assignments,
+from covidsev.method.multiclass import (check_labels, class_dice, class_table, classes_of, dice_table,
                                         multiclass_loss, one_hot, prior_tensor)
 
 
@@ -148,26 +148,6 @@ def test_class_table_counts_and_names_what_is_missing():
 groups_strategy = st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=40).filter(lambda g: len(set(g)) > 1)
 
 
-@given(groups_strategy, st.integers(2, 8), st.integers(0, 5), st.randoms())
-def test_folds_keep_groups_whole_and_do_not_depend_on_order(groups, n_folds, seed, random):
-    n_folds = min(n_folds, len(set(groups)))
-    folds = fold_assignments(groups, n_folds, seed)
-    assert sorted(set(folds)) == list(range(n_folds))
-    assert all(len({f for f, g in zip(folds, groups, strict=True) if g == group}) == 1 for group in groups)
-    order = random.sample(range(len(groups)), len(groups))
-    assert np.array_equal(fold_assignments([groups[k] for k in order], n_folds, seed), folds[order])
-    largest = max(groups.count(g) for g in groups)
-    assert np.ptp(np.bincount(folds)) <= largest
-
-
-def test_folds_need_groups():
-    with pytest.raises(ConfigError, match="3 slices in 1 scan groups"):
-        fold_assignments(["a", "a", "a"], 2)
-    with pytest.raises(ConfigError, match="choose fewer folds"):
-        fold_assignments(["a", "b"], 3)
-    assert len({tuple(fold_assignments(list("abcdefgh"), 4, seed)) for seed in range(6)}) > 1
-
-
 def test_prior_tensor_keeps_range_and_shape():
     maps = [np.random.default_rng(0).random((50, 33)), np.ones((64, 80)), np.eye(40, dtype=bool)]
     tensor = prior_tensor(maps, 32)
@@ -257,12 +237,7 @@ def test_tables_of_unequal_numbers():
 # the real set
 
 def test_priors_of_the_real_set(data_root):
-    """The published priors are the masks; out-of-fold ones of its 50 slices keep the known scans together."""
+    """The published priors are the masks."""
     priors, masks = (data_root / "covid-semiseg/Dataset/TrainingSet" / name for name in (
         "MultiClassInfection-Train/Prior", "LungInfection-Train/Doctor-label/GT"))
     assert all(path.read_bytes() == (masks / path.name).read_bytes() for path in priors.iterdir())
-    train = load_covid_semiseg(data_root, "train")
-    folds = fold_assignments(train.groups, 5, seed=0)
-    assert np.bincount(folds).tolist() == [10] * 5
-    of = dict(zip(train.ids, folds, strict=True))
-    assert len({of[name] for name in ("4", "5", "17", "46")}) == 1 and of["10"] == of["43"]
