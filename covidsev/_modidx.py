@@ -1140,8 +1140,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                        'covidsev/method/multiclass.py'),
                                             'covidsev.method.multiclass.dice_table': ( '2_method/multiclass.html#dice_table',
                                                                                        'covidsev/method/multiclass.py'),
-                                            'covidsev.method.multiclass.fold_assignments': ( '2_method/multiclass.html#fold_assignments',
-                                                                                             'covidsev/method/multiclass.py'),
                                             'covidsev.method.multiclass.multiclass_loss': ( '2_method/multiclass.html#multiclass_loss',
                                                                                             'covidsev/method/multiclass.py'),
                                             'covidsev.method.multiclass.one_hot': ( '2_method/multiclass.html#one_hot',
