@@ -166,7 +166,7 @@ def test_notebooks_have_their_shape(name):
 def test_render_with_everything_and_with_nothing(name, results, tmp_path, monkeypatch):
     # the library notebook draws each figure, full and empty; here only what is put into which file matters
     monkeypatch.setattr(show, "captioned", lambda fig, text: fig)
-    monkeypatch.setattr(figures, "save_figure", lambda fig, stem: [write_text(f"{stem}.{end}", "") for end in ("svg", "png")])
+    monkeypatch.setattr(tables, "save_figure", lambda fig, stem: [write_text(f"{stem}.{end}", "") for end in ("svg", "png")])
     whole, empty = tmp_path / "whole", tmp_path / "empty"
     small = {"shape": list(TINY)} if name == "figure_severity" else {}
     play(name, results=str(results), output=str(whole), **small)
