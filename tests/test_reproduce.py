@@ -10,7 +10,7 @@ import pytest
 from covidsev.core import read_json, repo_root
 from covidsev.paper import experiments, runner
 from covidsev.paper.experiments import load_registry
-from covidsev.paper.lineage import check_sums
+from covidsev.paper.claims import check_sums
 from covidsev.paper.runner import Places
 
 TINY = {"epochs": 2, "size": 32, "n_train": 4, "n_test": 4, "warmup_epochs": 0}

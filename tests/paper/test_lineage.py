@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import DRAW, RECORD, TRAIN, experiment, table, write_notebook
 
+from covidsev.cli import find_origins as where
 from covidsev.cli import main
 from covidsev.core import ConfigError, read_json, repo_root
 from covidsev.paper import runner
 from covidsev.paper.experiments import load_registry
-from covidsev.paper.lineage import compare_bytes, verify, where
+from covidsev.paper.claims import compare_bytes, verify
 
 ROOT = repo_root()
 
@@ -141,6 +142,6 @@ def test_where_says_what_might_have_been_meant(name, hint):
 
 
 def test_where_loads_no_torch():
-    code = "import sys; from covidsev.paper.lineage import where; where('InfNet'); print('torch' in sys.modules)"
+    code = "import sys; from covidsev.cli import find_origins; find_origins('InfNet'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "False", done.stderr

@@ -16,7 +16,7 @@ from toys import KEEP, RECORD, SETTINGS, TOY, TRAIN, write_notebook, write_toys
 from covidsev import core
 from covidsev.core import (ConfigError, CovidSevError, DataMissingError, NotebookError, RunLockedError, read_json, repo_root, run_lock,
                            write_bytes, write_json)
-from covidsev.paper import lineage, runner
+from covidsev.paper import claims, runner
 from covidsev.paper.experiments import Run, cache_parts, load_registry
 from covidsev.paper.runner import RUN, Child, Places, examine, write_manifest
 
@@ -215,7 +215,7 @@ def test_a_full_disk_keeps_the_last_good_result_and_the_manifest(tmp_path, monke
         runner.execute_plan(plan, Places(toys / "out"), echo=lambda line: None)
     monkeypatch.setattr(os, "fsync", fsync)
     assert everything_below(toys / "out") == before
-    assert {each.status for each in lineage.check_sums(Places(toys / "out"), "smoke")} == {"exact"}
+    assert {each.status for each in claims.check_sums(Places(toys / "out"), "smoke")} == {"exact"}
 
 
 def test_a_run_that_fails_leaves_the_manifest_as_it_was(tmp_path):
@@ -243,7 +243,7 @@ def test_a_record_cannot_make_a_run_touch_what_is_not_its_own(tmp_path, name):
 def test_a_manifest_cannot_name_what_lies_elsewhere(tmp_path):
     write_json(tmp_path / "results/smoke/manifest.json", {"files": [{"path": "../../etc/passwd", "sha256": "0"}]})
     with pytest.raises(ConfigError, match="cannot be the name of a file"):
-        lineage.check_sums(Places(tmp_path), "smoke")
+        claims.check_sums(Places(tmp_path), "smoke")
 
 
 def test_interrupted_publication_is_noticed(tmp_path):
