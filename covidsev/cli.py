@@ -5,23 +5,26 @@
 # %% auto #0
 __all__ = ['INTERRUPTED', 'run_cleanly', 'CleanGroup', 'main', 'ListedCommand', 'info', 'show_results', 'reproduce', 'render',
            'data', 'list_data', 'get_data', 'check_data', 'train', 'evaluate', 'parse_pair', 'parse_label_maps',
-           'parse_cuts', 'demo', 'export', 'bench', 'verify', 'where']
+           'parse_cuts', 'demo', 'export', 'Origin', 'find_origins', 'bench', 'verify', 'where']
 
 # %% ../nbs/90_cli.ipynb #cell-002
+import ast
+import contextlib
 import json
+import re
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import __version__
-from .core import ConfigError, CovidSevError, check_choice, data_root, repo_root
+from .core import ConfigError, CovidSevError, check_choice, data_root, repo_root, suggest
 
 # %% ../nbs/90_cli.ipynb #cell-006
 INTERRUPTED = 130
@@ -194,7 +197,7 @@ def show_results(root: Path, profile: str) -> None:
 @click.option("--explain", is_flag=True, help="Print the plan and why each run is stale, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="The plan in a form for machines, and stop.")
 @click.option("--rehearse", is_flag=True,
-              help="Make two steps of everything that is different, elsewhere, and say what it costs.")
+              help="Make two steps of all that is different, elsewhere, and say what it costs.")
 @click.option("--minutes", type=float, help="Longest time of a run (default: as the profile says).")
 @click.option("--allow-dirty", is_flag=True,
               help="Run cpu or paper with changes that no commit holds.")
@@ -466,6 +469,102 @@ def export(run: str, out: str, checkpoint: str | None, onnx: bool) -> None:
                    "pixels decided differently")
 
 # %% ../nbs/90_cli.ipynb #cell-040
+@dataclass(frozen=True)
+class Origin:
+    """Where something is written: a full name, a notebook (below the repository), the number of the
+    cell, and a line on what it is."""
+
+    name: str
+    notebook: str
+    cell: int
+    what: str
+
+    def __str__(self) -> str:
+        """As one line: name, notebook, cell, what it is."""
+        return f"{self.name}: {self.notebook}, cell {self.cell}, {self.what}"
+
+    def answers_to(self, name: str) -> bool:
+        """Whether this is what somebody means who gives the whole name, or its last parts."""
+        return self.name == name or self.name.endswith(f".{name}")
+
+# %% ../nbs/90_cli.ipynb #cell-042
+_KINDS = {ast.ClassDef: "class", ast.FunctionDef: "function"}
+
+
+def _definitions(path: Path, root: Path) -> Iterator[Origin]:
+    """A module, and everything that is defined in it."""
+    from covidsev.paper.experiments import defined_names
+
+    source, file = path.read_text(encoding="utf-8"), path.relative_to(root)
+    marks = [(source.count("\n", 0, found.start()), found[1], int(found[2])) for found in
+             re.finditer(r"^# %% (?:\.\./)+(\S+) #cell-(\d+)$", source, re.MULTILINE)]
+    if not marks:
+        return
+    module = ".".join(file.with_suffix("").parts)
+    yield Origin(module, marks[0][1], 0, f"module {file.as_posix()}")
+    body = ast.parse(source).body
+    inner = [(f"{node.name}.{part.name}", part) for node in body if isinstance(node, ast.ClassDef)
+             for part in node.body if isinstance(part, ast.FunctionDef)]
+    for name, node in [*((name, node) for node in body for name in defined_names(node)
+                         if name != "__all__"), *inner]:
+        notebook, cell = [mark[1:] for mark in marks if mark[0] < node.lineno][-1]
+        kind = "method" if "." in name else _KINDS.get(type(node), "value")
+        yield Origin(f"{module}.{name}", notebook, cell,
+                     f"{kind}, {file.as_posix()} line {node.lineno}")
+
+# %% ../nbs/90_cli.ipynb #cell-044
+def _drawn(registry: Any, name: str, root: Path) -> Origin:
+    """The origin of an experiment: the cell that saves its table or figure, else the first one with
+    code."""
+    each = registry.experiments[name]
+    cells = json.loads(each.notebook.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) if cell["cell_type"] == "code" else "" for cell in cells]
+    saves = [number for number, source in enumerate(sources) if re.search(r"\bsave_\w+\(", source)]
+    number = (saves or [number for number, source in enumerate(sources) if source])[0]
+    makes = f"writes {', '.join(each.outputs)}" if each.outputs else "writes no file"
+    return Origin(name, each.notebook.relative_to(root).as_posix(), number,
+                  f"{each.title}; {makes}")
+
+
+def _maker(registry: Any, path: str) -> str:
+    """The experiment that writes a file below results/ or figures/."""
+    parts = Path(path).parts
+    relative = "/".join(("figures", *parts[2:])) if parts[0] == "figures" else "/".join(parts[2:])
+    ours = [each.name for each in registry.experiments.values()
+            if relative in each.outputs or (parts[0] == "results" and parts[2:3] == (each.name,))]
+    named = [each.name for each in registry.experiments.values() for output in each.outputs
+             if output.startswith("figures/") and Path(path).stem.startswith(Path(output).stem)]
+    if not ours + named:
+        raise ConfigError("no experiment of the registry writes this file", file=path,
+                          fix="see results/<profile>/manifest.json")
+    return (ours + named)[0]
+
+# %% ../nbs/90_cli.ipynb #cell-046
+def find_origins(name: str, registry: Any = None, root: str | Path | None = None) -> list[Origin]:
+    """Every place where `name` is written: a definition, a module, a notebook, an experiment, or a
+    file of the results. `ConfigError` with a suggestion if there is none."""
+    from covidsev.paper.experiments import find_experiment, load_registry
+
+    root, registry = Path(root or repo_root()), registry or load_registry()
+    if name.split("/")[0] in ("results", "figures") and "/" in name:
+        return [_drawn(registry, _maker(registry, name), root)]
+    every = [origin for path in sorted((root / "covidsev").rglob("[a-z]*.py"))
+             for origin in _definitions(path, root)]
+    notebooks = {path.stem: Origin(path.stem, path.relative_to(root).as_posix(), 0, "notebook")
+                 for path in sorted((root / "nbs").rglob("*.ipynb"))}
+    found = []
+    with contextlib.suppress(ConfigError):
+        found.append(_drawn(registry, find_experiment(registry, name), root))
+    found += [origin for origin in every if origin.answers_to(name)]
+    found += [origin for stem, origin in notebooks.items() if name.removesuffix(".ipynb") == stem
+              and origin.notebook not in [each.notebook for each in found]]
+    if not found:
+        plain = {part for origin in every for part in (origin.name, origin.name.rpartition(".")[2])}
+        raise ConfigError(f"nothing here is called {name!r}",
+                          fix=suggest(name, {*plain, *notebooks, *registry.experiments}))
+    return list(dict.fromkeys(found))
+
+# %% ../nbs/90_cli.ipynb #cell-050
 @main.command()
 @click.argument("what", default="all")
 @click.option("--repeats", default=3, show_default=True)
@@ -506,8 +605,8 @@ def verify(names: tuple, profile: str, out: str | None, sums: bool, claims: bool
     root = Path(out or repo_root())
     if claims:
         return _verify_claims(profile, root, as_json)
-    from covidsev.paper.lineage import BAD, count_checks
-    from covidsev.paper.lineage import verify as check
+    from covidsev.paper.claims import BAD, count_checks
+    from covidsev.paper.claims import verify as check
 
     checks = check(profile, names, root, draw=not sums,
                    report=lambda line: click.echo(line, err=True))
@@ -529,9 +628,7 @@ def verify(names: tuple, profile: str, out: str | None, sums: bool, claims: bool
 def where(name: str) -> None:
     """Name the notebook and cell that a module, a definition, a table, a figure or a result file
     comes from."""
-    from covidsev.paper.lineage import where as find
-
-    for origin in find(name):
+    for origin in find_origins(name):
         click.echo(origin)
 
 

@@ -545,9 +545,9 @@ def run_info(run_folder: str | Path) -> ModelInfo:
     record = _read_run(folder)
     try:
         settings, data, network = record["parameters"], record["data"], record["network"]
-        kind = ({"task": "multi", "form": settings["form"], "prior": record["prior"]["from"]}
+        kind = ({"task": "multi", "form": settings["form"], "prior": settings["prior"]}
                 if network["model"] == "multi" else
-                {"task": "single", "backbone": network["backbone"], "threshold": 0.5})
+                {"task": "single", "backbone": settings["backbone"], "threshold": 0.5})
         rows = _run_metrics(folder, record, kind["task"])
         return ModelInfo(
             **kind, model=network["model"], size=settings["size"], data=settings["data"], data_kind=data["kind"],
