@@ -49,6 +49,12 @@ def files(folder):
             if path.is_file() and path.name != ".lock"}
 
 
+@pytest.fixture(autouse=True)
+def nothing_shipped(monkeypatch):
+    """No network comes with covidsev: those in weights/ learned from patients, and the scans here are phantoms."""
+    monkeypatch.setattr(cases, "shipped", lambda name: None)
+
+
 def test_severity_with_masks_is_the_python_call(clinic, tmp_path):
     """No weights needed; same bytes as `process_cases`."""
     status, text = call("severity", clinic / "scans", "--infection", clinic / "masks", "--min-fraction", 0.02,
