@@ -393,7 +393,7 @@ def _together(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    return nn.parallel.DistributedDataParallel(model)
 
 
 def _share(batch: Batch) -> Batch:
