@@ -164,7 +164,7 @@ def test_real_data_run_end_to_end_writes_no_picture(data_root, tmp_path):
                           overrides={"epochs": 1, "size": 64, "warmup_epochs": 0, "n_train": 8, "n_test": 6})
     folder = tmp_path / "results/cpu/train_single/unet-seed0"
     record = read_json(folder / "run.json")
-    assert record["data"]["kind"] == "real" and set(record["cache"]["data"]) == {"train", "val", "test"}
+    assert record["data"]["kind"] == "real" and set(record["cache"]["data"]) == {"train", "test"}
     assert (tmp_path / "checkpoints/cpu/local/maps/unet-seed0.npz").is_file()
     assert (tmp_path / "checkpoints/cpu/local/qualitative.png").is_file()
     assert not list((tmp_path / "results").rglob("*.png")) and not (tmp_path / "figures").exists()
