@@ -113,7 +113,7 @@ def _page_cell(cell: dict, path: str) -> dict | None:
     tags += ["remove-input"] * (names.get("echo") == "false") + ["export"] * ("export" in names)
     tags += ["hide-input"] * ("export" in names or _imports_alone(source))
     source = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
-    outputs = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+    outputs = [_page_output(each, path) for each in cell.get("outputs", []) if each.get("name") != "stderr"]
     return {
         "cell_type": "code",
         "execution_count": None,
@@ -121,6 +121,15 @@ def _page_cell(cell: dict, path: str) -> dict | None:
         "source": source,
         "outputs": outputs,
     }
+
+
+def _page_output(output: dict, path: str) -> dict:
+    """An output as it stands on a page: Markdown that code has printed leads to pages, as nothing else turns its links."""
+    if "text/markdown" not in output.get("data", {}):
+        return output
+    text = move_links("".join(output["data"]["text/markdown"]), path)
+    text = re.sub(r"\.(?:ipynb|md)(?=[#)])", ".html", text)
+    return {**output, "data": {**output["data"], "text/markdown": text}}
 
 
 def _imports_alone(source: str) -> bool:
