@@ -210,8 +210,8 @@ def test_a_small_site_builds_without_a_warning_and_loads_nothing(tmp_path):
     front = notebook(("markdown", "# Front\n\n$$ a^2 $$\n\n[next](01_x.ipynb#there)"), ("markdown", book.toctree(["01_x", "api"], "Part")))
     picture = [{"output_type": "display_data", "metadata": {}, "data": {"image/png": PNG}}]
     second = notebook(("markdown", "# Second\n\n## There\n\n$x$"), ("code", "#| export\n1 + 1"), outputs=picture)
-    api = book.api_page(ROOT / "nbs" / "00_core.ipynb", ROOT / "covidsev" / "config.py")
-    api = api.replace(b"[00_config](../nbs/00_core.ipynb)", b"a notebook")
+    api = book.api_page(ROOT / "nbs" / "00_core.ipynb", ROOT / "covidsev" / "core.py")
+    api = api.replace(b"[00_core](../00_core.ipynb)", b"a notebook")
     book.write_tree(tmp_path / "source", {"index.ipynb": book.dump(book.page_of(front, "nbs/index.ipynb")),
                                           "01_x.ipynb": book.dump(book.page_of(second, "nbs/01_x.ipynb")), "api.md": api})
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", ROOT / "docs", "source", "html"]
