@@ -180,7 +180,8 @@ def test_imports_go_from_higher_to_lower_numbers():
 # What the house must not exceed, and what it has at the moment: `python tests/measure.py` prints it all.
 LIMITS = {"notebooks": 33, "code lines": 12_500, "largest modules": 560, "median function": 6, "90th percentile": 15, "test lines": 9_500,
           "foreign private names": 0, "without a user": 0, "cells": 0, "long lines": 0}
-BINDING: tuple[str, ...] = ()  # all of LIMITS, when the last part has landed
+# those that hold today; tests are still longer than they should be, lines wider, and a few names wait for a user
+BINDING = ("notebooks", "code lines", "largest modules", "median function", "90th percentile", "foreign private names")
 
 
 def test_the_house_is_small():
