@@ -274,6 +274,8 @@ def _keep_failed(error: CovidSevError, run: Run, places: Places) -> CovidSevErro
     if isinstance(error, RunLockedError):
         return error
     shutil.rmtree(stage, ignore_errors=True)
+    for orphan in executed.parent.glob(f".{executed.name}.*.tmp"):  # it was stopped while it wrote
+        orphan.unlink(missing_ok=True)
     if not isinstance(error, NotebookError) or not executed.is_file():
         executed.unlink(missing_ok=True)
         return error
