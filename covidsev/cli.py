@@ -591,20 +591,51 @@ def _verify_claims(profile: str, root: Path, as_json: bool) -> int:
     return 0
 
 
+def _verify_again(profile: str, root: Path, rows: tuple, seeds: tuple, pairs: tuple,
+                  as_json: bool) -> int:
+    """Trains rows again, adds what came out to reruns.csv, prints it."""
+    import pandas as pd
+
+    from covidsev.core import write_csv
+    from covidsev.paper.claims import train_again
+    from covidsev.paper.tables import as_markdown, read_csv
+
+    file = root / "results" / profile / "reruns.csv"
+    found = train_again(profile, rows, seeds, root / "_again", overrides=_overrides(pairs, None),
+                        committed=file.parent, echo=lambda line: click.echo(line, err=True))
+    every = pd.concat([*([read_csv(file)] if file.is_file() else []), found])
+    same = ["row", "seed", "precision", "instruction_set", "threads", "metric"]
+    write_csv(file, every.drop_duplicates(same, keep="last").sort_values(same))
+    click.echo(found.to_json(orient="records", indent=1) if as_json
+               else as_markdown(found.round(4)))
+    return 0 if found["inside"].fillna(True).all() else 1
+
+
 @main.command()
 @click.argument("names", nargs=-1)
 @_PROFILE
 @_OUT
 @click.option("--sums", is_flag=True, help="Only checksums: draw nothing again.")
 @click.option("--claims", is_flag=True, help="Print each statement of the drafts with its outcome.")
+@click.option("--rerun", "rows", multiple=True, metavar="ROW",
+              help="Train this row again and hold it against its committed seeds; repeatable.")
+@click.option("--seed", "seeds", type=int, multiple=True, default=[0], show_default=True,
+              help="The seed to train again; repeatable.")
+@_SET
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def verify(names: tuple, profile: str, out: str | None, sums: bool, claims: bool,
-           as_json: bool) -> int:
+def verify(names: tuple, profile: str, out: str | None, sums: bool, claims: bool, rows: tuple,
+           seeds: tuple, pairs: tuple, as_json: bool) -> int:
     """Check the files of a profile by checksum, and its tables and figures (all, or NAMES) by
-    drawing them again; status 1 if one is missing or differs."""
+    drawing them again; status 1 if one is missing or differs.
+
+    With --rerun: train committed rows again in the folder _again (what was stopped goes on), note
+    what came out in results/PROFILE/reruns.csv; status 1 if a score lies outside the prediction
+    interval of its seeds."""
     root = Path(out or repo_root())
     if claims:
         return _verify_claims(profile, root, as_json)
+    if rows:
+        return _verify_again(profile, root, rows, seeds, pairs, as_json)
     from covidsev.paper.claims import BAD, count_checks
     from covidsev.paper.claims import verify as check
 

@@ -55,11 +55,15 @@ class Experiment:
 class Profile:
     """How big the runs are: seeds (of some rows another number), rows, the parameters of each
     experiment, at least how much of what they must have had (`expects`), `jobs` side by side (0: as
-    many as processors), `minutes` a run may take, and whether the code must be `committed`."""
+    as many as processors), `minutes` a run may take, and whether the code must be `committed`. One
+    that is `like` another has its parameters and what it `expects`, but for its own; `only` names
+    the experiments that it is for, if not for all."""
 
     name: str
     title: str
     seeds: tuple[int, ...]
+    like: str = ""
+    only: tuple[str, ...] = ()
     jobs: int = 0
     minutes: float = 600.0
     committed: bool = False
@@ -145,12 +149,25 @@ def _experiment(name: str, table: dict, file: Path) -> Experiment:
     return Experiment(name, **{**table, **lists, "notebook": file.parent / table["notebook"]})
 
 
+def _with_model(name: str, table: dict, profiles: dict, file: Path) -> dict:
+    """The table of a profile with the parameters and expectations of the one that it is `like`."""
+    if "like" not in table:
+        return table
+    check_choice(f"like in [profiles.{name}]", table["like"], [each for each in profiles
+                                                               if each != name])
+    model = profiles[table["like"]]
+    return {**{key: {**model.get(key, {}), **table.get(key, {})} for key in ("parameters",
+                                                                             "expects")},
+            **{key: value for key, value in table.items() if key not in ("parameters", "expects")}}
+
+
 def _profile(name: str, table: dict, file: Path) -> Profile:
     """A `Profile` from its TOML table."""
     known = [each.name for each in fields(Profile)][1:]
     check_keys(f"[profiles.{name}]", table, known, ["title", "seeds"], file)
     check_name("a profile", name, file)
-    return Profile(name, **{**table, "seeds": tuple(table["seeds"])})
+    lists = {key: tuple(table[key]) for key in ("seeds", "only") if key in table}
+    return Profile(name, **{**table, **lists})
 
 # %% ../../nbs/4_paper/06_experiments.ipynb #cell-011
 class Need(NamedTuple):
@@ -232,7 +249,8 @@ def load_registry(path: str | Path | None = None) -> Registry:
                file)
     registry = Registry(
         file.parent,
-        {name: _profile(name, table, file) for name, table in document["profiles"].items()},
+        {name: _profile(name, _with_model(name, table, document["profiles"], file), file)
+         for name, table in document["profiles"].items()},
         {name: _experiment(name, table, file) for name, table in document["experiments"].items()})
     _check_references(registry)
     execution_order(registry)
@@ -544,8 +562,8 @@ def plan_runs(registry: Registry, profile: str, only: Iterable[str] | None = Non
     """The runs of a request, each after those that it needs. `ConfigError` with a suggestion for
     any unknown name."""
     check_choice("profile", profile, registry.profiles)
-    asked = list(dict.fromkeys(find_experiment(registry, name) for name in only
-                               or registry.experiments))
+    every = registry.profiles[profile].only or registry.experiments
+    asked = list(dict.fromkeys(find_experiment(registry, name) for name in only or every))
     for row in rows or []:
         check_choice("row", row, sorted({row for each in registry.experiments.values()
                                          for row in each.rows}))

@@ -150,8 +150,8 @@ def summary(metrics: pd.DataFrame, titles: Mapping[str, str], names: Iterable[st
 # %% ../../nbs/4_paper/04_tables.ipynb #cell-019
 class Difference(NamedTuple):
     """`row` minus `than`: the difference, its interval by the crossed bootstrap (NaN where a
-    metric has no value for
-    each slice), by Welch over seeds, the fewest seeds of the two, and the slices."""
+    metric has no value for each slice), by Welch over seeds, the fewest seeds of the two, the
+    slices, and half the width of the interval over scans alone (0 where there is none)."""
 
     difference: float
     low: float
@@ -160,6 +160,16 @@ class Difference(NamedTuple):
     welch_high: float
     seeds: int
     n: int
+    scans: float = 0.0
+
+    def seeds_to_decide(self, bar: float = 0.0) -> float:
+        """About how many seeds move the interval off `bar` if the difference stays; infinite where
+        that over scans alone holds it, NaN without an interval over seeds.
+
+        With h over S seeds and g over scans alone, h² S / N + g² < (difference - bar)²."""
+        room = (self.difference - bar) ** 2 - self.scans**2
+        wide = self.seeds * ((self.welch_high - self.welch_low) / 2) ** 2
+        return np.inf if room <= 0 else float(np.ceil(wide / room))
 
     def decides(self) -> tuple[float, float]:
         """The interval that decides: over seeds and scans where there is one, else over seeds."""
@@ -190,11 +200,15 @@ def compare(runs: Runs, row: str, than: str, metric: str) -> Difference:
               for each in (row, than)]
     means = [np.nanmean(each[0]) if each else np.nan for each in scores]
     low = high = np.nan
+    scans = 0.0
     # the metric is the mean of that column
     if np.allclose(means, [one.mean(), other.mean()], atol=1e-6):
-        _, low, high = crossed_bootstrap(scores[0][0], scores[1][0], scores[0][1])
+        (ours, groups), (theirs, _) = scores
+        _, low, high = crossed_bootstrap(ours, theirs, groups)
+        alone = crossed_bootstrap(np.nanmean(ours, 0), np.nanmean(theirs, 0), groups)
+        scans = np.nan_to_num(alone.high - alone.low) / 2
     return Difference(float(one.mean() - other.mean()), low, high, *over_seeds[1:3],
-                      min(len(one), len(other)), n)
+                      min(len(one), len(other)), n, scans)
 
 # %% ../../nbs/4_paper/04_tables.ipynb #cell-023
 def show(mean: float, low: float = np.nan, high: float = np.nan, digits: int = 3) -> str:
@@ -300,7 +314,7 @@ def against_control(runs: Runs, registry: Any, experiment: str, metric: str) -> 
         control = each.get("control", "")
         found = compare(runs, row, control, metric) if control else Difference(*[np.nan] * 5, 0, 0)
         lines.append({"row": row, "control": control, **found._asdict()})
-    return pd.DataFrame(lines).drop(columns=["seeds", "n"])
+    return pd.DataFrame(lines).drop(columns=["seeds", "n", "scans"])
 
 
 def paper_table(runs: Runs, registry: Any, names: Sequence[str], decided: str) -> pd.DataFrame:

@@ -6,11 +6,14 @@ from functools import partial
 
 import pandas as pd
 import pytest
+from toys import TRAIN, experiment, table, write_notebook
 
 from covidsev.core import ConfigError, repo_root, write_csv, write_json
 from covidsev.method.statistics import CONTRADICTED, NOT_TESTED, OUTCOMES, SUPPORTED, UNDECIDED, crossed_bootstrap
 from covidsev.paper import claims, tables
+from covidsev.paper.claims import train_again
 from covidsev.paper.experiments import load_registry
+from covidsev.paper.runner import reproduce
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +177,31 @@ def test_saved_register_reads_back(tmp_path, registry, frame):
     again = tables.read_csv(tmp_path / "tables/claims.csv", keep_default_na=False, na_values=[""])
     assert list(again.id) == list(frame.id) and math.isclose(again.value.sum(), frame.value.sum())
     assert str(repo_root()) not in (tmp_path / "tables/claims.md").read_text(encoding="utf-8")
+
+
+SCORED = """
+import json, pathlib
+out = pathlib.Path(output)
+said = {"profile": profile, "row": row, "seed": seed, "epochs": epochs, "start": start}
+(out / "run.json").write_text(json.dumps({"parameters": said, "data": {"kind": "real"}, "threads": 1}))
+lines = [f"test,{name},{0.1 * epochs + 0.01 * seed},4" for name in ("dice", "meanDice")]
+(out / "metrics.csv").write_text("\\n".join(["subset,metric,value,n", *lines]))
+"""
+
+
+def test_a_row_that_is_trained_again_lies_inside_or_not(tmp_path):
+    write_notebook(tmp_path / "work.ipynb", TRAIN, SCORED)
+    (tmp_path / "toy.toml").write_text(table("profiles.smoke", title="toy", seeds=[0, 1, 2], rows={"train_single": ["a", "b"]})
+                                       + experiment("train_single", rows={"a": {}, "b": {}}))
+    registry, quiet = load_registry(tmp_path / "toy.toml"), {"echo": lambda line: None}
+    reproduce("smoke", rows=["a"], registry=registry, root=tmp_path / "first", **quiet)
+    before = {"registry": registry, "committed": tmp_path / "first/results/smoke", **quiet}
+    same = train_again("smoke", ["a"], [1], tmp_path / "again", **before)
+    assert same[["metric", "value", "committed", "seeds", "inside", "threads"]].round(9).to_numpy().tolist() == [
+        [name, 0.31, 0.31, 3, True, 1] for name in ("dice", "meanDice")]
+    # mean .31, deviation .01, three seeds: .31 ± 4.303 (.01) (4/3)^.5
+    assert same[["low", "high"]].to_numpy()[0] == pytest.approx([0.2603, 0.3597], abs=1e-4)
+    other = train_again("smoke", ["a"], [1, 7], tmp_path / "again", overrides={"epochs": 4}, **before)
+    assert other["inside"].tolist() == [False] * 4 and other["committed"].isna().tolist() == [False, False, True, True]
+    with pytest.raises(ConfigError, match="did you mean|committed runs"):
+        train_again("smoke", ["b"], [0], tmp_path / "again", **before)  # never run
