@@ -89,19 +89,17 @@ def test_bugs_are_not_hidden():
         run_cleanly(lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("arguments, hint", [
-    (["reproduce", "--profile", "smoek"], "did you mean 'smoke'?"),
-    (["reproduce", "--row", "sinfnet_aug_0.6"], "did you mean 'sinfnet_aug_0.5'?"),
-    (["reproduce", "--only", "train_singel"], "did you mean 'train_single'?"),
-    (["reproduce", "--set", "learning_rat=1"], "did you mean 'learning_rate'?"),
-    (["reproduce", "--set", "epochs"], "for example: epochs=2"),
-    (["reproduce", "--jobs", "0"], "at least 1"),
-    (["reproduce", "--seed", "one"], "--seed"),
-    (["render", "train_single"], "cannot be rendered"),
-    (["render"], "covidsev reproduce --profile smoke"),
-    (["train", "--row", "unett"], "did you mean 'unet'?"),
-    (["nonsense"], "nonsense"),
-])
+@pytest.mark.parametrize("arguments, hint", [(["reproduce", "--profile", "smoek"],
+                                              "did you mean 'smoke'?"), (["reproduce", "--row",
+        "sinfnet_aug_0.6"], "did you mean 'sinfnet_aug_0.5'?"), (["reproduce", "--only",
+        "train_singel"], "did you mean 'train_single'?"), (["reproduce", "--set", "learning_rat=1"],
+                                                           "did you mean 'learning_rate'?"),
+                                             (["reproduce", "--set", "epochs"],
+                                              "for example: epochs=2"), (["reproduce", "--jobs",
+        "0"], "at least 1"), (["reproduce", "--seed", "one"], "--seed"), (["render",
+        "train_single"], "cannot be rendered"), (["render"], "covidsev reproduce --profile smoke"),
+                                             (["train", "--row", "unett"], "did you mean 'unet'?"),
+                                             (["nonsense"], "nonsense")])
 def test_usage_errors(arguments, hint, tmp_path):
     status, text = call(*arguments, *(["--out", tmp_path] if arguments[0] != "nonsense" else []))
     assert status == 2 and hint in text and "Traceback" not in text

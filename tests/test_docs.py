@@ -63,12 +63,10 @@ def test_each_fault_of_a_page_is_found(site, html, fault):
     assert check.faults_of(site) == [f"bad.html: {fault}"] and check.main(str(site)) == 1
 
 
-@pytest.mark.parametrize("name, text", [
-    ("a.css", "p { src: url('https://example.org/f.woff') }"),
-    ("a.js", "fetch('https://example.org/data.json')"),
-    ("a.js", "const m = await import(\"https://example.org/m.js\")"),
-    ("a.js", "script.src = 'https://example.org/m.js'"),
-])
+@pytest.mark.parametrize("name, text", [("a.css", "p { src: url('https://example.org/f.woff') }"),
+                                        ("a.js", "fetch('https://example.org/data.json')"), ("a.js",
+        "const m = await import(\"https://example.org/m.js\")"), ("a.js",
+        "script.src = 'https://example.org/m.js'")])
 def test_loads_of_styles_and_scripts_are_found(site, name, text):
     (site / "_static" / name).write_text(text)
     assert [fault.split(": ")[:2] for fault in check.faults_of(site)] == [[f"_static/{name}", "loads from elsewhere"]]

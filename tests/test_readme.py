@@ -18,10 +18,9 @@ COMMANDS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
 def test_readme_is_what_the_index_notebook_renders(tmp_path):
     target = tmp_path / "README.md"
     # -o: take the environment that runs this test as it is
-    subprocess.run(
-        ["make", "--silent", "readme", f"README={target}", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"],
-        cwd=ROOT, check=True, capture_output=True, timeout=120,
-    )
+    subprocess.run(["make", "--silent", "readme", f"README={target}", f"VENV={sys.prefix}", "-o",
+                    f"{sys.prefix}/.installed"], cwd=ROOT, check=True, capture_output=True,
+                   timeout=120)
     assert target.read_text(encoding="utf-8") == README, "run `make readme` and commit README.md"
 
 

@@ -9,21 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covidsev.method.augmentation import (
-    NONE,
-    PAPER,
-    PRESETS,
-    STRONG,
-    Augmentation,
-    affine_matrices,
-    augment,
-    augmentation,
-    change_intensity,
-    cut_out,
-    cutout_rectangles,
-    draw_numbers,
-    warp,
-)
+from covidsev.method.augmentation import (NONE, PAPER, PRESETS, STRONG, Augmentation,
+                                          affine_matrices, augment, augmentation, change_intensity,
+                                          cut_out, cutout_rectangles, draw_numbers, warp)
 from covidsev.core import ConfigError, GeometryError, IntensityError
 
 
@@ -43,10 +31,9 @@ FLIP = Augmentation(vertical_flip=1.0, horizontal_flip=1.0)
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 2**31), name=st.sampled_from(sorted(PRESETS)), cutout=st.floats(0, 1),
-    mode=st.sampled_from(["side", "area"]), height=st.sampled_from([32, 40, 56]), width=st.sampled_from([32, 48]),
-)  # fmt: skip
+@given(seed=st.integers(0, 2**31), name=st.sampled_from(sorted(PRESETS)), cutout=st.floats(0, 1),
+       mode=st.sampled_from(["side", "area"]), height=st.sampled_from([32, 40, 56]),
+       width=st.sampled_from([32, 48]))
 def test_shapes_dtypes_values_and_inputs_survive(seed, name, cutout, mode, height, width):
     images, labels = batch(3, height, width, seed=seed % 1000)
     prior = torch.rand((3, 2, height, width), generator=generator(1))
@@ -108,18 +95,16 @@ def test_crop_reads_a_square_of_the_asked_side_within_the_image():
         m = affine_matrices(Augmentation(crop=1.0, crop_side=0.8), u, height, width)
         assert torch.allclose(m[:, 0, 0] * width, torch.tensor(80.0, dtype=torch.float64))
         assert torch.allclose(m[:, 1, 1] * height, torch.tensor(80.0, dtype=torch.float64))
-        assert (m[:, 0, 0] + m[:, 0, 2].abs() <= 1 + 1e-12).all() and (
-            m[:, 1, 1] + m[:, 1, 2].abs() <= 1 + 1e-12
-        ).all()
+        assert (m[:, 0, 0] + m[:, 0, 2].abs() <= 1 + 1e-12).all() and (m[:, 1, 1] + m[:, 1, 2].abs()
+            <= 1 + 1e-12).all()
     share = (affine_matrices(PAPER, u, 64, 64)[:, :, :2].det().abs() < 0.9).double().mean()
     assert abs(share - 0.5) < 0.04
 
 
 def test_crop_of_a_ramp_magnifies_it():
     ramp = torch.linspace(0, 1, 80).expand(1, 1, 80, 80).contiguous()
-    out = augment(ramp, torch.zeros((1, 1, 80, 80), dtype=torch.uint8), Augmentation(crop=1.0), generator(1))[
-        0
-    ]
+    out = augment(ramp, torch.zeros((1, 1, 80, 80), dtype=torch.uint8), Augmentation(crop=1.0),
+                  generator(1))[0]
     slope = out.diff(dim=3)[..., 5:-5]
     torch.testing.assert_close(slope, torch.full_like(slope, 0.8 / 79), atol=1e-5, rtol=0)
 
@@ -160,26 +145,20 @@ def test_side_cutout_follows_its_formula(c):
     assert erased.max() <= c**2 + 1e-12 and erased.max() > 0.9 * c**2
     assert tall.min() == 0 and tall.max() == int(c * size) and wide.max() == int(c * size)
     assert abs(np.corrcoef(tall.numpy(), wide.numpy())[0, 1]) < 0.03, "the sides are independent"
-    assert (
-        (top >= 0).all() and (left >= 0).all() and (top + tall <= size).all() and (left + wide <= size).all()
-    )
+    assert ((top >= 0).all() and (left >= 0).all() and (top + tall <= size).all()
+            and (left + wide <= size).all())
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    c=st.floats(0.01, 1), height=st.integers(24, 200), width=st.integers(24, 200), seed=st.integers(0, 10**6)
-)
+@given(c=st.floats(0.01, 1), height=st.integers(24, 200), width=st.integers(24, 200),
+       seed=st.integers(0, 10**6))
 def test_area_cutout_erases_exactly_its_fraction(c, height, width, seed):
     spec = Augmentation(cutout=c, cutout_mode="area")
     top, left, tall, wide = cutout_rectangles(spec, draw_numbers(64, generator(seed)), height, width).T
     assert ((tall * wide - c * height * width).abs() <= torch.maximum(tall, wide) / 2 + 1).all()
     assert (tall >= 1).all() and (wide >= 1).all()
-    assert (
-        (top >= 0).all()
-        and (left >= 0).all()
-        and (top + tall <= height).all()
-        and (left + wide <= width).all()
-    )
+    assert ((top >= 0).all() and (left >= 0).all() and (top + tall <= height).all()
+            and (left + wide <= width).all())
 
 
 def test_area_cutout_has_many_shapes_and_places():
@@ -194,9 +173,8 @@ def test_area_cutout_has_many_shapes_and_places():
 def test_cutout_fills_one_grey_and_leaves_labels_alone(mode):
     images, labels = batch(12, 64, 64)
     prior = images.clone()
-    out, out_labels, out_prior = augment(
-        images, labels, augmentation("none", 0.5, mode), generator(9), prior=prior
-    )
+    out, out_labels, out_prior = augment(images, labels, augmentation("none", 0.5, mode),
+                                         generator(9), prior=prior)
     assert torch.equal(out_labels, labels) and torch.equal(out_prior, prior)
     greys = []
     for before, after in zip(images, out):
@@ -269,9 +247,8 @@ def test_cutout_out_of_range_is_refused(c):
     assert "[0, 1]" in str(caught.value) and caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize(
-    "field", ["vertical_flip", "crop", "crop_side", "rotation_degrees", "shift", "gamma_log"]
-)
+@pytest.mark.parametrize("field", ["vertical_flip", "crop", "crop_side", "rotation_degrees",
+                                   "shift", "gamma_log"])
 def test_every_field_has_a_range(field):
     with pytest.raises(ConfigError, match=field):
         Augmentation(**{field: 200.0})

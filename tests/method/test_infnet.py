@@ -13,33 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covidsev.core import (
-    CheckpointError,
-    ChecksumError,
-    ConfigError,
-    CovidSevError,
-    DataMissingError,
-    GeometryError,
-)
-from covidsev.method.infnet import (
-    BACKBONES,
-    IMAGENET_WEIGHTS,
-    InfNet,
-    ParallelPartialDecoder,
-    ReceptiveFieldBlock,
-    Res2Net50,
-    ResNet50,
-    ReverseAttention,
-    check_fits,
-    count_parameters,
-    fetch_weights,
-    initialise_backbone,
-    load_published_checkpoint,
-    load_weights,
-    published_name,
-    read_weights,
-    reverse,
-)
+from covidsev.core import (CheckpointError, ChecksumError, ConfigError, CovidSevError,
+                           DataMissingError, GeometryError)
+from covidsev.method.infnet import (BACKBONES, IMAGENET_WEIGHTS, InfNet, ParallelPartialDecoder,
+                                    ReceptiveFieldBlock, Res2Net50, ResNet50, ReverseAttention,
+                                    check_fits, count_parameters, fetch_weights,
+                                    initialise_backbone, load_published_checkpoint, load_weights,
+                                    published_name, read_weights, reverse)
 from covidsev.core import sha256_file
 
 NAMES = ("s_g", "s_5", "s_4", "s_3", "edge")
@@ -72,9 +52,8 @@ def on_meta(backbone: str) -> InfNet:
 # counts and shapes
 
 
-@pytest.mark.parametrize(
-    "backbone, whole, part", [("res2net50", 31_072_721, 23_669_352), ("resnet50", 30_911_401, 23_508_032)]
-)
+@pytest.mark.parametrize("backbone, whole, part", [("res2net50", 31_072_721, 23_669_352),
+                                                   ("resnet50", 30_911_401, 23_508_032)])
 def test_published_parameter_counts(backbone, whole, part):
     net = on_meta(backbone)
     assert (count_parameters(net), count_parameters(net.backbone)) == (whole, part)
@@ -96,20 +75,11 @@ def test_decoder_count_and_unnormalised_head():
 def test_stage_shapes_at_352(backbone):
     net, x = on_meta(backbone), torch.empty(2, 1, 352, 352, device="meta")
     pyramid = net.encode(x)
-    assert [tuple(f.shape[1:]) for f in pyramid] == [
-        (256, 88, 88),
-        (512, 44, 44),
-        (1024, 22, 22),
-        (2048, 11, 11),
-    ]
+    assert [tuple(f.shape[1:]) for f in pyramid] == [(256, 88, 88), (512, 44, 44), (1024, 22, 22),
+                                                     (2048, 11, 11)]
     made = net.decode(pyramid)
-    assert {n: tuple(m.shape[1:]) for n, m in made._asdict().items()} == {
-        "s_g": (1, 44, 44),
-        "s_5": (1, 11, 11),
-        "s_4": (1, 22, 22),
-        "s_3": (1, 44, 44),
-        "edge": (1, 88, 88),
-    }
+    assert {n: tuple(m.shape[1:]) for n, m in made._asdict().items()} == {"s_g": (1, 44, 44),
+        "s_5": (1, 11, 11), "s_4": (1, 22, 22), "s_3": (1, 44, 44), "edge": (1, 88, 88)}
     assert all(m.shape == x.shape for m in net(x))
 
 
@@ -123,18 +93,8 @@ def test_any_multiple_of_the_stride_works(backbone, rows, columns, batch):
     assert outputs._fields == NAMES and all(m.shape == x.shape for m in outputs)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 1, 100, 96),
-        (1, 1, 96, 100),
-        (1, 3, 96, 96),
-        (1, 96, 96),
-        (1, 1, 8, 96),
-        (0, 1, 96, 96),
-        (1, 1, 0, 32),
-    ],
-)
+@pytest.mark.parametrize("shape", [(1, 1, 100, 96), (1, 1, 96, 100), (1, 3, 96, 96), (1, 96, 96),
+                                   (1, 1, 8, 96), (0, 1, 96, 96), (1, 1, 0, 32)])
 def test_other_input_is_refused(small, shape):
     with pytest.raises(GeometryError, match="expected"):
         small(torch.zeros(shape))
@@ -277,9 +237,8 @@ def test_a_cut_file_is_a_checkpoint_error(tmp_path, small, keep):
         read_weights(path)
 
 
-@pytest.mark.parametrize(
-    "content", [[1, 2], {}, {"epoch": 3}, torch.zeros(3), {"state": {"a": torch.zeros(1)}}]
-)
+@pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, torch.zeros(3),
+                                     {"state": {"a": torch.zeros(1)}}])
 def test_other_content_is_a_checkpoint_error(tmp_path, content):
     path = tmp_path / "weights.pth"
     torch.save(content, path)
@@ -297,12 +256,8 @@ def test_another_architecture_lists_five_of_each_and_changes_nothing(small):
     with pytest.raises(CheckpointError) as caught:
         load_weights(small, on_meta("resnet50").state_dict(), "other.pth")
     text = str(caught.value)
-    assert (
-        "missing (" in text
-        and "unexpected (" in text
-        and "of another shape (" in text
-        and "other.pth" in text
-    )
+    assert ("missing (" in text and "unexpected (" in text and "of another shape (" in text
+            and "other.pth" in text)
     assert text.count("backbone.stem") <= 5 and "backbone.conv1.weight" in text
     assert caught.value.exit_code == 5
     assert all(torch.equal(before[n], v) for n, v in small.state_dict().items())
@@ -358,11 +313,8 @@ def test_weights_of_the_other_backbone_are_refused(tmp_path):
 
 
 def test_contradictory_settings_are_refused(tmp_path):
-    for options in (
-        {"init": "imagenet"},
-        {"weights_path": tmp_path / "w.pth"},
-        {"init": "imagenet", "weights_path": tmp_path / "w.pth"},
-    ):
+    for options in ({"init": "imagenet"}, {"weights_path": tmp_path / "w.pth"},
+                    {"init": "imagenet", "weights_path": tmp_path / "w.pth"}):
         with pytest.raises(ConfigError):
             InfNet("small", **options)
     with pytest.raises(ConfigError, match="did you mean 'scratch'"):
@@ -393,9 +345,8 @@ def test_a_wrong_download_does_not_stay(tmp_path):
         good.write_bytes(b"weights")
         assert fetch_weights("resnet50", cache, f"{address}/{good.name}").read_bytes() == good.read_bytes()
         server.shutdown()
-    assert (
-        fetch_weights("resnet50", cache, f"{address}/{good.name}").parent == cache
-    )  # found there, the server is gone
+    # found there, the server is gone
+    assert (fetch_weights("resnet50", cache, f"{address}/{good.name}").parent == cache)
 
 
 def serve(folder: Path):
@@ -411,41 +362,28 @@ def serve(folder: Path):
 
 
 def test_known_weight_files():
-    assert {k: w.name for k, w in IMAGENET_WEIGHTS.items()} == {
-        "res2net50": "res2net50_v1b_26w_4s-3cf99910.pth",
-        "resnet50": "resnet50-0676ba61.pth",
-    }
+    assert {k: w.name for k,
+            w in IMAGENET_WEIGHTS.items()} == {"res2net50": "res2net50_v1b_26w_4s-3cf99910.pth",
+                                               "resnet50": "resnet50-0676ba61.pth"}
 
 
 # the published Inf-Net's checkpoint
 
 
 def conv_bn_names(prefix: str) -> set[str]:
-    return {
-        f"{prefix}.conv.weight",
-        *(
-            f"{prefix}.bn.{n}"
-            for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        ),
-    }
+    return {f"{prefix}.conv.weight", *(f"{prefix}.bn.{n}" for n in ("weight", "bias",
+            "running_mean", "running_var", "num_batches_tracked"))}
 
 
 def decoder_names() -> set[str]:
     """Every decoder name of the published code, listed from its module names and not through our table."""
-    layers = [f"ra4_conv{k}" for k in range(1, 6)] + [
-        f"{b}_conv{k}" for b in ("ra3", "ra2", "edge") for k in range(1, 5)
-    ]
-    layers += [
-        f"ParDec.{n}"
-        for n in (*(f"conv_upsample{k}" for k in range(1, 6)), "conv_concat2", "conv_concat3", "conv4")
-    ]
+    layers = [f"ra4_conv{k}" for k in range(1, 6)] + [f"{b}_conv{k}" for b in ("ra3", "ra2", "edge")
+                                                      for k in range(1, 5)]
+    layers += [f"ParDec.{n}" for n in (*(f"conv_upsample{k}" for k in range(1, 6)), "conv_concat2",
+                                       "conv_concat3", "conv4")]
     for rfb in ("rfb2_1", "rfb3_1", "rfb4_1"):
-        layers += [
-            f"{rfb}.branch0.0",
-            f"{rfb}.conv_cat",
-            f"{rfb}.conv_res",
-            *(f"{rfb}.branch{b}.{k}" for b in (1, 2, 3) for k in range(4)),
-        ]
+        layers += [f"{rfb}.branch0.0", f"{rfb}.conv_cat", f"{rfb}.conv_res",
+                   *(f"{rfb}.branch{b}.{k}" for b in (1, 2, 3) for k in range(4))]
     return set().union(*map(conv_bn_names, layers)) | {"ParDec.conv5.weight", "ParDec.conv5.bias"}
 
 
@@ -460,24 +398,15 @@ def test_published_shapes_of_some_tensors():
     shapes = {published_name(n): tuple(v.shape) for n, v in on_meta("res2net50").state_dict().items()}
     assert shapes["rfb2_1.branch0.0.conv.weight"] == (32, 512, 1, 1)
     assert shapes["rfb4_1.branch3.3.conv.weight"] == (32, 32, 3, 3)
-    assert shapes["ra4_conv2.conv.weight"] == (256, 320, 5, 5) and shapes["ra4_conv5.conv.weight"] == (
-        1,
-        256,
-        1,
-        1,
-    )
-    assert shapes["ra2_conv1.conv.weight"] == (64, 512, 1, 1) and shapes["ra3_conv4.conv.weight"] == (
-        1,
-        64,
-        3,
-        3,
-    )
-    assert shapes["ParDec.conv_concat2.conv.weight"] == (64, 64, 3, 3) and shapes["ParDec.conv5.weight"] == (
-        1,
-        96,
-        1,
-        1,
-    )
+    assert shapes["ra4_conv2.conv.weight"] == (256, 320, 5,
+                                               5) and shapes["ra4_conv5.conv.weight"] == (1, 256, 1,
+        1)
+    assert shapes["ra2_conv1.conv.weight"] == (64, 512, 1,
+                                               1) and shapes["ra3_conv4.conv.weight"] == (1, 64, 3,
+        3)
+    assert shapes["ParDec.conv_concat2.conv.weight"] == (64, 64, 3,
+                                                         3) and shapes["ParDec.conv5.weight"] == (1,
+        96, 1, 1)
     assert shapes["resnet.conv1.6.weight"] == (64, 32, 3, 3) and shapes["resnet.layer1.0.convs.2.weight"] == (
         26,
         26,
@@ -489,10 +418,8 @@ def test_published_shapes_of_some_tensors():
 
 def published_state(net: InfNet, prefix: str = "") -> dict[str, torch.Tensor]:
     state = {prefix + published_name(n): v for n, v in net.state_dict().items()}
-    return state | {
-        f"{prefix}resnet.fc.weight": torch.zeros(10, 2048),
-        f"{prefix}resnet.fc.bias": torch.zeros(10),
-    }
+    return state | {f"{prefix}resnet.fc.weight": torch.zeros(10, 2048),
+                    f"{prefix}resnet.fc.bias": torch.zeros(10)}
 
 
 def test_published_checkpoint_round_trip_at_full_size(tmp_path):

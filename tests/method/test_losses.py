@@ -9,17 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from covidsev.core import ConfigError, GeometryError
-from covidsev.method.losses import (
-    LossParts,
-    SideOutputs,
-    boundary_weights,
-    box_mean,
-    edge_loss,
-    infnet_loss,
-    structure_loss,
-    test_loss_mean,
-    test_loss_sum,
-)
+from covidsev.method.losses import (LossParts, SideOutputs, boundary_weights, box_mean, edge_loss,
+                                    infnet_loss, structure_loss, test_loss_mean, test_loss_sum)
 
 
 def blobs(seed: int, batch: int = 2, size: int = 40) -> torch.Tensor:
@@ -44,9 +35,8 @@ def test_box_mean_equals_the_square_pool(half, height, width, seed):
 
 def test_box_mean_equals_the_published_pool():
     x = torch.rand(1, 1, 96, 80, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        box_mean(x), functional.avg_pool2d(x, 31, stride=1, padding=15), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(box_mean(x), functional.avg_pool2d(x, 31, stride=1, padding=15),
+                               atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("k", [0, 2, 30, -1])
@@ -94,10 +84,8 @@ def test_batch_loss_is_the_mean_over_images(seed, variant):
 def test_loss_ignores_mirroring_and_falls_with_confidence(seed, variant):
     mask = blobs(seed)
     logits = logits_for(seed, mask)
-    torch.testing.assert_close(
-        structure_loss(logits.flip(-1), mask.flip(-1), variant=variant),
-        structure_loss(logits, mask, variant=variant),
-    )
+    torch.testing.assert_close(structure_loss(logits.flip(-1), mask.flip(-1), variant=variant),
+                               structure_loss(logits, mask, variant=variant))
     right = 2 * mask - 1
     losses = [structure_loss(scale * right, mask, variant=variant) for scale in (-4, -1, 0, 1, 4, 16)]
     assert all(a > b for a, b in zip(losses, losses[1:])) and losses[-1] < 1e-3

@@ -14,33 +14,12 @@ from scipy.spatial.distance import directed_hausdorff
 
 from covidsev.method import metrics
 from covidsev.core import ConfigError, GeometryError, IntensityError, MaskError
-from covidsev.method.metrics import (
-    Counts,
-    check_pair,
-    confusion,
-    counts_at,
-    dice,
-    dsc,
-    e_measure,
-    empty_counts,
-    evaluate_folder,
-    grey_histograms,
-    hd95,
-    match_stems,
-    overlap,
-    per_image,
-    pooled_dice,
-    quadrant_histograms,
-    resize_map,
-    s_measure,
-    soft_dice,
-    summarise,
-    threshold_curves,
-    to_levels,
-    toolbox,
-    toolbox_image,
-    toolbox_thresholds,
-)
+from covidsev.method.metrics import (Counts, check_pair, confusion, counts_at, dice, dsc, e_measure,
+                                     empty_counts, evaluate_folder, grey_histograms, hd95,
+                                     match_stems, overlap, per_image, pooled_dice,
+                                     quadrant_histograms, resize_map, s_measure, soft_dice,
+                                     summarise, threshold_curves, to_levels, toolbox, toolbox_image,
+                                     toolbox_thresholds)
 
 SHAPES = array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=14)
 GREY = st.integers(0, 255).map(lambda level: level / 255)
@@ -127,17 +106,15 @@ def test_the_empty_rule_decides_only_where_both_are_empty(rule, both_empty):
     assert np.isnan(overlap(confusion(some, empty), rule)["sensitivity"])
     assert np.isnan(overlap(confusion(empty, some), rule)["precision"])
     assert hd95(some, empty, empty=rule) == hd95(empty, some, empty=rule) == np.hypot(2, 3)
-    np.testing.assert_equal(
-        hd95(empty, empty, empty=rule), {"exclude": np.nan, "one": 0.0, "zero": np.hypot(2, 3)}[rule]
-    )
+    np.testing.assert_equal(hd95(empty, empty, empty=rule), {"exclude": np.nan, "one": 0.0,
+            "zero": np.hypot(2, 3)}[rule])
 
 
 @given(FLOATS, st.floats(0, 1))
 def test_pooled_dice_of_one_image_is_its_dice(pair, threshold):
     probability, truth = pair
-    np.testing.assert_equal(
-        pooled_dice([probability], [truth], threshold), dice(probability >= threshold, truth)
-    )
+    np.testing.assert_equal(pooled_dice([probability], [truth], threshold),
+                            dice(probability >= threshold, truth))
 
 
 def test_pooled_dice_weighs_by_pixels():
@@ -168,10 +145,9 @@ def test_hd95_agrees_with_its_definition(pair, spacing):
         measured = hd95(a, b, spacing)
         np.testing.assert_allclose(measured, naive_hd95(a, b, spacing), rtol=1e-12)
         assert measured == hd95(b, a, spacing)
-        assert measured <= max(
-            directed_hausdorff(np.argwhere(x) * spacing, np.argwhere(y) * spacing)[0]
-            for x, y in ((a, b), (b, a))
-        ) + np.hypot(*spacing) * max(a.shape)
+        assert measured <= max(directed_hausdorff(np.argwhere(x) * spacing, np.argwhere(y)
+                                                  * spacing)[0] for x,
+                               y in ((a, b), (b, a))) + np.hypot(*spacing) * max(a.shape)
         assert hd95(a, a, spacing) == 0
 
 
@@ -252,18 +228,14 @@ def test_toolbox_is_bounded_and_a_perfect_map_is_best(pair):
     probability, truth = pair
     scores = toolbox([probability], [truth])
     # the E-measure divides by N - 1, so a perfect tiny picture reaches N / (N - 1)
-    assert all(
-        0 <= value <= 1 + (1.01 / (truth.size - 1) if "Em" in name else 1e-12)
-        for name, value in scores.items()
-    )
+    assert all(0 <= value <= 1 + (1.01 / (truth.size - 1) if "Em" in name else 1e-12) for name,
+               value in scores.items())
     if truth.any() and not truth.all():
         best = toolbox([truth], [truth])
-        np.testing.assert_allclose(
-            [best[name] for name in ("maxDice", "Sm", "MAE", "adpIoU")], [1, 1, 0, 1], atol=1e-9
-        )
-        assert all(
-            best[name] >= scores[name] - 1e-9 for name in ("meanDice", "maxDice", "Sm", "meanEm", "adpDice")
-        )
+        np.testing.assert_allclose([best[name] for name in ("maxDice", "Sm", "MAE", "adpIoU")],
+                                   [1, 1, 0, 1], atol=1e-9)
+        assert all(best[name] >= scores[name] - 1e-9 for name in ("meanDice", "maxDice", "Sm",
+                "meanEm", "adpDice"))
 
 
 @given(map_and_truth())
@@ -288,9 +260,8 @@ def test_counts_at_a_threshold_are_those_of_the_pixels(pair, strict):
 @given(map_and_truth(st.floats(0, 1)))
 def test_quantisation_is_that_of_saving_a_stretched_png(pair):
     probability = pair[0]
-    stretched = (
-        (probability - probability.min()) / np.ptp(probability) if np.ptp(probability) else probability
-    )
+    stretched = ((probability - probability.min()) / np.ptp(probability) if np.ptp(probability)
+                 else probability)
     once = np.floor(255 * stretched + 0.5) / 255
     if np.abs(255 * probability - np.floor(255 * probability + 0.5)).max() > 1e-4:
         levels, values = to_levels(probability)
@@ -302,9 +273,8 @@ def test_quantisation_is_that_of_saving_a_stretched_png(pair):
 def test_scaling_a_map_does_not_change_the_toolbox_but_changes_plain_scores():
     rng = np.random.default_rng(0)
     truth = ndimage.gaussian_filter(rng.standard_normal((40, 50)), 3) > 0
-    levels = np.clip(
-        ndimage.gaussian_filter(truth * 120.0, 2) + rng.integers(0, 8, truth.shape), 0, 127
-    ).round()
+    levels = np.clip(ndimage.gaussian_filter(truth * 120.0, 2) + rng.integers(0, 8, truth.shape), 0,
+                     127).round()
     levels[0, 0], levels[0, 1] = 0, 127
     dim, full = levels / 255, levels * 2 / 255
     one, two = toolbox([dim], [truth]), toolbox([full], [truth])
@@ -349,11 +319,8 @@ def test_order_of_images_does_not_matter_and_curves_give_the_means():
     np.testing.assert_allclose(list(forward.values()), list(backward.values()), rtol=0, atol=1e-12)
     curves = threshold_curves(maps, truths)
     assert list(curves) == ["threshold", "dice", "sensitivity", "specificity", "precision", "e_measure"]
-    np.testing.assert_allclose(
-        [curves["dice"].mean(), curves["e_measure"].max()],
-        [forward["meanDice"], forward["maxEm"]],
-        atol=1e-12,
-    )
+    np.testing.assert_allclose([curves["dice"].mean(), curves["e_measure"].max()],
+                               [forward["meanDice"], forward["maxEm"]], atol=1e-12)
     assert forward["adpIoU"] == forward["adpDice"] / (2 - forward["adpDice"])
 
 
@@ -375,38 +342,21 @@ def test_s_measure_of_a_constant_quarter():
 def test_per_image_has_the_promised_columns_and_values():
     truth, probability = np.eye(4, dtype=bool), np.eye(4) * 0.6
     table = per_image([probability, truth], [truth, truth], ids=["a", "b"])
-    assert list(table) == [
-        "id",
-        "dice",
-        "iou",
-        "sensitivity",
-        "specificity",
-        "precision",
-        "soft_dice",
-        "area_error",
-        "mae",
-        "hd95",
-        "n_truth",
-        "n_pred",
-    ]
+    assert list(table) == ["id", "dice", "iou", "sensitivity", "specificity", "precision",
+                           "soft_dice", "area_error", "mae", "hd95", "n_truth", "n_pred"]
     np.testing.assert_allclose(table.loc[0, "soft_dice"], 2 * 2.4 / (2.4 + 4))
     np.testing.assert_allclose(table.loc[0, "mae"], 0.4 * 4 / 16)
     assert (table["dice"] == 1).all() and (table["hd95"] == 0).all() and (table["n_pred"] == 4).all()
-    assert per_image([probability], [truth], threshold=0.6).loc[0, "n_pred"] == 4, (
-        "a map value on the threshold is positive"
-    )
+    assert per_image([probability], [truth], threshold=0.6).loc[0,
+        "n_pred"] == 4, ("a map value on the threshold is positive")
     assert per_image([probability], [truth], threshold=0.61).loc[0, "n_pred"] == 0
 
 
 def test_empty_masks_are_counted_and_left_out_of_means():
     empty, some = np.zeros((6, 6)), np.eye(6)
     table = per_image([empty, some, some, empty], [empty, some, empty, some])
-    assert empty_counts(table) == {
-        "n_images": 4,
-        "n_empty_truth": 2,
-        "n_empty_prediction": 2,
-        "n_both_empty": 1,
-    }
+    assert empty_counts(table) == {"n_images": 4, "n_empty_truth": 2, "n_empty_prediction": 2,
+                                   "n_both_empty": 1}
     means = summarise(table).set_index("metric")
     assert means.loc["dice", "value"] == 1 / 3 and means.loc["dice", "n"] == 3
     assert means.loc["sensitivity", "n"] == 2 and means.loc["specificity", "n"] == 4
@@ -424,12 +374,10 @@ def test_inputs_are_not_changed_and_dtype_does_not_matter():
     np.testing.assert_array_equal(probability, before[0])
     np.testing.assert_array_equal(truth, before[1])
     for kind in (np.uint8, np.float32, np.int64):
-        pd.testing.assert_frame_equal(
-            per_image([np.asfortranarray(probability)], [truth.astype(kind)]), table
-        )
-    np.testing.assert_allclose(
-        list(toolbox([probability.astype(np.float32)], [truth]).values()), list(scores.values()), atol=1e-12
-    )
+        pd.testing.assert_frame_equal(per_image([np.asfortranarray(probability)],
+                                                [truth.astype(kind)]), table)
+    np.testing.assert_allclose(list(toolbox([probability.astype(np.float32)], [truth]).values()),
+                               list(scores.values()), atol=1e-12)
 
 
 # choosing a threshold ---------------------------------------------------------------------------------------
@@ -440,39 +388,30 @@ def test_inputs_are_not_changed_and_dtype_does_not_matter():
 OK = np.zeros((4, 4)), np.eye(4)
 
 
-@pytest.mark.parametrize(
-    "call, error, says",
-    [
-        (lambda: check_pair(np.zeros((4, 4)), np.zeros((4, 5))), GeometryError, "map (4, 4), truth (4, 5)"),
-        (lambda: check_pair(np.zeros((0, 4)), np.zeros((0, 4))), GeometryError, "at least one pixel"),
-        (lambda: dice(np.zeros((2, 2)), np.zeros(4)), GeometryError, "map (2, 2), truth (4,)"),
-        (lambda: hd95(np.zeros((2, 2)), np.zeros((2, 3))), GeometryError, "map (2, 2), truth (2, 3)"),
-        (lambda: hd95(*OK, spacing=(1,)), GeometryError, "one positive number per axis"),
-        (lambda: hd95(*OK, spacing=(1, np.nan)), GeometryError, "one positive number per axis"),
-        (lambda: toolbox([np.zeros(4)], [np.zeros(4)]), GeometryError, "(4,)"),
-        (
-            lambda: toolbox([[[0.5, np.nan], [np.inf, -1]]], [np.eye(2)]),
-            IntensityError,
-            "1 NaN and 2 values outside [0, 1] of 4",
-        ),
-        (
-            lambda: per_image([np.full((4, 4), 255)], [OK[1]]),
-            IntensityError,
-            "0 NaN and 16 values outside [0, 1] of 16",
-        ),
-        (lambda: per_image([OK[0]], [OK[1] * 255]), MaskError, "values 0, 255"),
-        (lambda: dice(OK[0] + 0.5, OK[1]), MaskError, "values 0.5"),
-        (lambda: toolbox([], []), ConfigError, "0 maps, 0 truths"),
-        (lambda: per_image([OK[0]], []), ConfigError, "1 maps, 0 truths"),
-        (lambda: pooled_dice([], []), ConfigError, "0 maps, 0 truths"),
-        (lambda: per_image([OK[0]], [OK[1]], threshold=1.5), ConfigError, "found: 1.5"),
-        (lambda: per_image([OK[0]], [OK[1]], threshold=float("nan")), ConfigError, "found: nan"),
-        (lambda: per_image([OK[0]], [OK[1]], empty="zeros"), ConfigError, "did you mean 'zero'?"),
-        (lambda: hd95(*OK, empty="none"), ConfigError, "unknown empty rule 'none'"),
-        (lambda: per_image([OK[0]], [OK[1]], ids=["a", "b"]), ConfigError, "2 ids, 1 images"),
-        (lambda: match_stems([], ["a"]), MaskError, "maps for: a"),
-    ],
-)
+@pytest.mark.parametrize("call, error, says", [(lambda: check_pair(np.zeros((4, 4)), np.zeros((4,
+        5))), GeometryError, "map (4, 4), truth (4, 5)"), (lambda: check_pair(np.zeros((0, 4)),
+        np.zeros((0, 4))), GeometryError, "at least one pixel"), (lambda: dice(np.zeros((2, 2)),
+        np.zeros(4)), GeometryError, "map (2, 2), truth (4,)"), (lambda: hd95(np.zeros((2, 2)),
+        np.zeros((2, 3))), GeometryError, "map (2, 2), truth (2, 3)"), (lambda: hd95(*OK,
+        spacing=(1,)), GeometryError, "one positive number per axis"), (lambda: hd95(*OK,
+        spacing=(1, np.nan)), GeometryError, "one positive number per axis"),
+                                               (lambda: toolbox([np.zeros(4)], [np.zeros(4)]),
+                                                GeometryError, "(4,)"), (lambda: toolbox([[[0.5,
+        np.nan], [np.inf, -1]]], [np.eye(2)]), IntensityError,
+        "1 NaN and 2 values outside [0, 1] of 4"), (lambda: per_image([np.full((4, 4), 255)],
+        [OK[1]]), IntensityError, "0 NaN and 16 values outside [0, 1] of 16"),
+                                               (lambda: per_image([OK[0]], [OK[1] * 255]),
+                                                MaskError, "values 0, 255"), (lambda: dice(OK[0]
+        + 0.5, OK[1]), MaskError, "values 0.5"), (lambda: toolbox([], []), ConfigError,
+                                                  "0 maps, 0 truths"), (lambda: per_image([OK[0]],
+        []), ConfigError, "1 maps, 0 truths"), (lambda: pooled_dice([], []), ConfigError,
+                                                "0 maps, 0 truths"), (lambda: per_image([OK[0]],
+        [OK[1]], threshold=1.5), ConfigError, "found: 1.5"), (lambda: per_image([OK[0]], [OK[1]],
+        threshold=float("nan")), ConfigError, "found: nan"), (lambda: per_image([OK[0]], [OK[1]],
+        empty="zeros"), ConfigError, "did you mean 'zero'?"), (lambda: hd95(*OK, empty="none"),
+        ConfigError, "unknown empty rule 'none'"), (lambda: per_image([OK[0]], [OK[1]], ids=["a",
+        "b"]), ConfigError, "2 ids, 1 images"), (lambda: match_stems([], ["a"]), MaskError,
+                                                 "maps for: a")])
 def test_bad_input_is_refused_with_what_was_found(call, error, says):
     with pytest.raises(error) as caught:
         call()
@@ -494,14 +433,10 @@ def save(folder: Path, pictures: dict[str, np.ndarray]) -> Path:
 def pictures():
     """Three truths of different size and an 8-bit map of each."""
     rng = np.random.default_rng(9)
-    truths = {
-        name: ndimage.gaussian_filter(rng.standard_normal(shape), 3) > 0.05
-        for name, shape in (("10", (40, 51)), ("9", (46, 38)), ("é 1", (43, 43)))
-    }
-    soft = {
-        name: np.clip(ndimage.gaussian_filter(t.astype(float), 1.5) + rng.normal(0, 0.1, t.shape), 0, 1)
-        for name, t in truths.items()
-    }
+    truths = {name: ndimage.gaussian_filter(rng.standard_normal(shape), 3) > 0.05 for name,
+              shape in (("10", (40, 51)), ("9", (46, 38)), ("é 1", (43, 43)))}
+    soft = {name: np.clip(ndimage.gaussian_filter(t.astype(float), 1.5)
+                          + rng.normal(0, 0.1, t.shape), 0, 1) for name, t in truths.items()}
     return {name: np.floor(255 * m + 0.5) / 255 for name, m in soft.items()}, truths
 
 
@@ -515,9 +450,8 @@ def values_of(evaluation):
 
 def test_a_folder_scores_as_its_arrays(tmp_path, pictures):
     maps, truths = pictures
-    result = evaluate_folder(
-        save(tmp_path / "my maps", png(maps)), save(tmp_path / "truth", png(truths)), tmp_path / "new" / "out"
-    )
+    result = evaluate_folder(save(tmp_path / "my maps", png(maps)),
+                             save(tmp_path / "truth", png(truths)), tmp_path / "new" / "out")
     stems = ["9", "10", "é 1"]  # 9 comes before 10
     expected = toolbox([maps[s] for s in stems], [truths[s] for s in stems])
     np.testing.assert_allclose(values_of(result)[list(expected)], list(expected.values()), rtol=0, atol=1e-12)
@@ -572,11 +506,8 @@ def test_unmatched_stems(tmp_path, pictures):
         evaluate_folder(extra, truth, tmp_path / "out")
     assert "maps for: 10" in str(caught.value) and not (tmp_path / "out").exists()
     partly = evaluate_folder(extra, truth, allow_missing=True)
-    assert (
-        partly.without_map == ["10"]
-        and values_of(partly)["n_truths_without_map"] == 1
-        and len(partly.per_image) == 2
-    )
+    assert (partly.without_map == ["10"] and values_of(partly)["n_truths_without_map"] == 1
+            and len(partly.per_image) == 2)
 
 
 def test_pairs_are_made_by_stem_whatever_the_suffix_and_order(tmp_path, pictures):

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from covidsev.core import (ConfigError, GeometryError, IntensityError,
-                             MaskError)
+from covidsev.core import (ConfigError, GeometryError, IntensityError, MaskError)
 from covidsev.data.datasets import (SliceSet, load_covid_semiseg, load_phantom)
 from covidsev.data.pictures import read_map
 from covidsev.method.losses import focal

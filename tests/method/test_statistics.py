@@ -280,16 +280,15 @@ def test_the_crossed_bootstrap_of_one_row_draws_scans_and_leaves_gaps_out():
         ag.crossed_bootstrap(np.ones((2, 2)), np.ones((2, 3)))
 
 
-@pytest.mark.parametrize("low, high, direction, margin, outcome", [
-    (0.001, 0.02, "higher", 0, "supported"), (-0.02, -0.001, "higher", 0, "contradicted"),
-    (-0.001, 0.02, "higher", 0, "undecided"), (0, 0.02, "higher", 0, "undecided"),
-    (-0.02, -0.001, "lower", 0, "supported"), (0.001, 0.02, "lower", 0, "contradicted"),
-    (-0.015, 0.008, "higher", 0.02, "supported"), (-0.05, -0.021, "higher", 0.02, "contradicted"),
-    (-0.021, 0.1, "higher", 0.02, "undecided"), (-0.01, 0.015, "lower", 0.02, "supported"),
-    (-0.01, 0.01, "same", 0.02, "supported"), (0.03, 0.04, "same", 0.02, "contradicted"),
-    (-0.04, -0.03, "same", 0.02, "contradicted"), (-0.01, 0.03, "same", 0.02, "undecided"),
-    (np.nan, np.nan, "same", 0.02, "not tested"), (0.1, np.nan, "higher", 0, "not tested"),
-])
+@pytest.mark.parametrize("low, high, direction, margin, outcome", [(0.001, 0.02, "higher", 0,
+        "supported"), (-0.02, -0.001, "higher", 0, "contradicted"), (-0.001, 0.02, "higher", 0,
+        "undecided"), (0, 0.02, "higher", 0, "undecided"), (-0.02, -0.001, "lower", 0, "supported"),
+        (0.001, 0.02, "lower", 0, "contradicted"), (-0.015, 0.008, "higher", 0.02, "supported"),
+        (-0.05, -0.021, "higher", 0.02, "contradicted"), (-0.021, 0.1, "higher", 0.02, "undecided"),
+        (-0.01, 0.015, "lower", 0.02, "supported"), (-0.01, 0.01, "same", 0.02, "supported"), (0.03,
+        0.04, "same", 0.02, "contradicted"), (-0.04, -0.03, "same", 0.02, "contradicted"), (-0.01,
+        0.03, "same", 0.02, "undecided"), (np.nan, np.nan, "same", 0.02, "not tested"), (0.1,
+        np.nan, "higher", 0, "not tested")])
 def test_a_statement_has_four_outcomes(low, high, direction, margin, outcome):
     assert ag.verdict(low, high, direction, margin) == outcome and outcome in ag.OUTCOMES
 

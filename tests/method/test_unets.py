@@ -42,12 +42,8 @@ def test_sizes_of_all_forms():
 
 
 @settings(max_examples=12, deadline=None)
-@given(
-    form=st.sampled_from(FORMS),
-    rows=st.integers(1, 5),
-    columns=st.integers(1, 5),
-    batch=st.integers(1, 3),
-)
+@given(form=st.sampled_from(FORMS), rows=st.integers(1, 5), columns=st.integers(1, 5),
+       batch=st.integers(1, 3))
 def test_output_has_the_size_of_the_input(form, rows, columns, batch):
     net = on_meta(*form, width=0.25)
     x = torch.empty(batch, 1, net.multiple * rows, net.multiple * columns, device="meta")
@@ -163,19 +159,12 @@ def test_one_seed_one_network(model):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(
-    "wrong, hint",
-    [
-        (("unett", "small", "scratch"), "unet"),
-        (("infnet", "smal", "scratch"), "small"),
-        (("unet", "resnet5", "scratch"), "resnet50"),
-        (("infnet", "small", "scrath"), "scratch"),
-        (("unet", "small", "imagenet"), "unet has no pretrained weights"),
-        (("segnett", "small"), "segnet"),
-        (("segnet", "smal"), "small"),
-        (("segnet", "small", "imagenet"), "segnet has no pretrained weights"),
-    ],
-)
+@pytest.mark.parametrize("wrong, hint", [(("unett", "small", "scratch"), "unet"), (("infnet",
+        "smal", "scratch"), "small"), (("unet", "resnet5", "scratch"), "resnet50"), (("infnet",
+        "small", "scrath"), "scratch"), (("unet", "small", "imagenet"),
+                                         "unet has no pretrained weights"), (("segnett", "small"),
+        "segnet"), (("segnet", "smal"), "small"), (("segnet", "small", "imagenet"),
+                                                   "segnet has no pretrained weights")])
 def test_misspelt_rows_are_refused_with_a_hint(wrong, hint):
     with pytest.raises(ConfigError, match=hint):
         build_network(*wrong)
@@ -256,15 +245,12 @@ def test_half_precision_learns(small):
     assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32 and torch.isfinite(loss)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda x, p: (x, p[..., :32]), "do not fit"),
-    (lambda x, p: (x, p[0]), "do not fit"),
-    (lambda x, p: (x, p.expand(-1, 3, -1, -1)), "do not fit"),
-    (lambda x, p: (x, (255 * p).to(torch.uint8)), "uint8"),
-    (lambda x, p: (x[..., :48], p[..., :48]), "multiples of 32"),
-    (lambda x, p: (x.expand(-1, 3, -1, -1), p), "grey slices"),
-    (lambda x, p: (x[:0], p[:0]), "fit the strides"),
-])
+@pytest.mark.parametrize("change, words", [(lambda x, p: (x, p[..., :32]), "do not fit"), (lambda x,
+        p: (x, p[0]), "do not fit"), (lambda x, p: (x, p.expand(-1, 3, -1, -1)), "do not fit"),
+                                           (lambda x, p: (x, (255 * p).to(torch.uint8)), "uint8"),
+                                           (lambda x, p: (x[..., :48], p[..., :48]),
+                                            "multiples of 32"), (lambda x, p: (x.expand(-1, 3, -1,
+        -1), p), "grey slices"), (lambda x, p: (x[:0], p[:0]), "fit the strides")])
 def test_bad_input(small, change, words):
     with pytest.raises(GeometryError, match=words):
         small(*change(*pair()))

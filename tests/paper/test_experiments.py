@@ -335,16 +335,13 @@ def test_code_does_change_a_key(package, source):
     assert key(USE_A) != before
 
 
-SPELLINGS = {
-    "from covidsev import a\na.f()": {"f", "LIMIT"},
-    "from covidsev import a as first\nfirst.f": {"f", "LIMIT"},
-    "import covidsev.a\ncovidsev.a.f()": {"f", "LIMIT"},
-    "from covidsev.a import f, K\nf": {"f", "LIMIT", "K", "Base", "helper"},
-    "def later():\n    from covidsev.a import f\n    return f()": {"f", "LIMIT"},
-    "from covidsev import a\nprint(f'{a.f():.{a.DIGITS}f}')": {"f", "LIMIT", "DIGITS"},
-    "%time\nfrom covidsev import a\na.DIGITS": {"DIGITS"},
-    "text = 'covidsev.a.f'": set(),
-}
+SPELLINGS = {"from covidsev import a\na.f()": {"f", "LIMIT"},
+             "from covidsev import a as first\nfirst.f": {"f", "LIMIT"},
+             "import covidsev.a\ncovidsev.a.f()": {"f", "LIMIT"},
+             "from covidsev.a import f, K\nf": {"f", "LIMIT", "K", "Base", "helper"},
+             "def later():\n    from covidsev.a import f\n    return f()": {"f", "LIMIT"},
+             "from covidsev import a\nprint(f'{a.f():.{a.DIGITS}f}')": {"f", "LIMIT", "DIGITS"},
+             "%time\nfrom covidsev import a\na.DIGITS": {"DIGITS"}, "text = 'covidsev.a.f'": set()}
 
 
 @pytest.mark.parametrize("source", SPELLINGS)

@@ -171,13 +171,12 @@ def test_nan_stops_at_its_batch_names_the_slices_and_keeps_the_last_good_checkpo
 # what a pretext hands over
 
 LAST = ["decoder.head", "attention_5.head", "attention_4.head", "attention_3.head", "edge_attention.head"]
-HANDED_OVER = {
-    "infnet": ({}, LAST), "as_published": ({"heads": "as_published"}, LAST),
-    "unet": ({"model": "unet", "backbone": "small", "masks": "random"}, ["head"]),
-    "segnet": ({"model": "segnet", "backbone": "small", "masks": "random"}, ["head"]),
-    "rotation": ({"task": "rotation", "masks": "none", "augment": "none"},
-                 ["rfb_3", "rfb_4", "rfb_5", "decoder", "edge_attention", "attention_5", "attention_4", "attention_3"]),
-}
+HANDED_OVER = {"infnet": ({}, LAST), "as_published": ({"heads": "as_published"}, LAST),
+               "unet": ({"model": "unet", "backbone": "small", "masks": "random"}, ["head"]),
+               "segnet": ({"model": "segnet", "backbone": "small", "masks": "random"}, ["head"]),
+               "rotation": ({"task": "rotation", "masks": "none", "augment": "none"},
+                            ["rfb_3", "rfb_4", "rfb_5", "decoder", "edge_attention", "attention_5",
+                             "attention_4", "attention_3"])}
 
 
 @pytest.mark.parametrize("name", HANDED_OVER)
