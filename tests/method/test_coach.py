@@ -4,16 +4,21 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
 from covidsev.method import infnet
-from covidsev.method.coach import (RULES, CoachNet, Pretext, PretextConfig, PretextResult, RotationNet, RotationPretext, coach_cells, coach_loss, coach_step, descend, epoch_order, error_under, frozen, mask_entropy, turn)
-from covidsev.method.inpainting import (GREY_STD, InpaintingInfNet, InpaintingNet, constrain, erase, grey_gradient, hard_mask, random_mask, rank_of_threshold, reconstruction_loss, region_mean, soft_mask, spread,
+from covidsev.method.coach import (RULES, CoachNet, Pretext, PretextConfig, PretextResult,
+                                   RotationNet, RotationPretext, coach_cells, coach_loss,
+                                   coach_step, descend, epoch_order, error_under, frozen,
+                                   mask_entropy, turn)
+from covidsev.method.inpainting import (GREY_STD, InpaintingInfNet, InpaintingNet, constrain, erase,
+                                        grey_gradient, hard_mask, random_mask, rank_of_threshold,
+                                        reconstruction_loss, region_mean, soft_mask, spread,
                                         transfer)
 from covidsev.method.unets import MultiClassUNet, build_network
-from covidsev.core import CheckpointError, ConfigError, GeometryError, IntensityError, NonFiniteError
+from covidsev.core import (CheckpointError, ConfigError, GeometryError, IntensityError,
+                           NonFiniteError)
 from covidsev.data.datasets import load_phantom, to_tensors
 from covidsev.method.infnet import InfNet
 
