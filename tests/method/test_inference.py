@@ -15,22 +15,21 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torch.nn import functional
 
-from covidsev.core import (CheckpointError, ConfigError, CovidSevError, GeometryError, MissingExtraError,
+from covidsev.core import (CheckpointError, ConfigError, GeometryError, MissingExtraError,
                            NonFiniteError, read_json, sha256_file, write_json)
 from covidsev.data.datasets import SliceSet
-from covidsev.data.pictures import for_display
 from covidsev.data.phantom import phantom_volume, to_uint8
 from covidsev.data.scans import Scan, read_scan, turn_picture, write_mask
 from covidsev.data.volumes import make_grid
 from covidsev.method import inference
-from covidsev.method.inference import (
-    MODEL_FORMAT, PARITY, ModelInfo, SecondStage, Segmenter, as_volume, card_path, check_parity, export_run, fit_temperature,
-    iterate_logits, load_model, load_segmenter, lung_box, network_slices, onnx_bytes, predict_classes, predict_slices,
-    save_model, save_onnx, segment, segment_scan, slice_logits, training_view)
+from covidsev.method.inference import (MODEL_FORMAT, PARITY, ModelInfo, as_volume, card_path,
+                                       export_run, iterate_logits, load_model, load_segmenter,
+                                       lung_box, predict_slices, save_model, save_onnx, segment,
+                                       segment_scan, slice_logits, training_view)
 from covidsev.method.infnet import count_parameters
 from covidsev.method.losses import SideOutputs
 from covidsev.method.training import save_checkpoint, weights_hash
-from covidsev.method.unets import MultiClassOutputs, MultiClassUNet, build_network
+from covidsev.method.unets import MultiClassUNet, build_network
 
 SIZE = 32
 NAMES = ("infnet", "unet", "segnet", "multi")
@@ -87,32 +86,13 @@ def test_memory_is_bounded_by_the_batch_and_nothing_is_recorded_or_learnt():
     assert weights_hash(network) == before and not network.training
 
 
-def test_mirror_images_give_mirror_maps_and_batches_do_not_matter():
-    def ask(images, **options):
-        return torch.cat(list(iterate_logits(Watched(), images, precision="float32", **options))).numpy()
-
-    images = noise(5)
-    four = ask(images, tta=True)
-    for axes in ((-1,), (-2,), (-1, -2)):
-        np.testing.assert_allclose(np.flip(ask(images.flip(axes), tta=True), axes), four, atol=1e-5)
-    assert np.abs(four - ask(images)).max() > 1e-3
-    np.testing.assert_allclose(ask(images, batch_size=2), ask(images, batch_size=5), atol=1e-5)
-
-
-def test_bfloat16_gives_float32_logits_and_nearly_the_same_map():
-    torch.manual_seed(0)
-    network, images = build_network("unet", "small"), noise(2, 64)
-    full, low = (torch.cat(list(iterate_logits(network, images, precision=name))) for name in ("float32", "bfloat16"))
-    assert low.dtype == full.dtype == torch.float32 and 0 < (low - full).abs().max() < 0.1 * full.abs().max()
-
-
 def as_tf32(x):
     """A float32 tensor with the ten bits of mantissa that a tensor core reads, rounded to nearest."""
     bits = x.detach().contiguous().view(torch.int32)
     return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
-@pytest.mark.parametrize("model, backbone", [("unet", "small"), ("infnet", "small"), ("infnet", "res2net50")])
+@pytest.mark.parametrize("model, backbone", [("unet", "small"), ("infnet", "res2net50")])
 def test_evaluation_does_not_stop_where_convolutions_round_as_on_a_gpu(model, backbone, monkeypatch, tmp_path):
     torch.manual_seed(0)
     network, slices = build_network(model, backbone), slice_set([noise(1, 64)[0, 0].numpy()] * 2)
@@ -159,30 +139,6 @@ def test_images_and_priors_that_are_not_grey_bytes_are_refused(stacks):
     assert list(iterate_logits(Watched(), noise(1)[:0])) == []
 
 
-def test_classes_come_back_at_native_sizes():
-    torch.manual_seed(0)
-    shapes, network = [(40 + k, 70 - k) for k in range(5)], MultiClassUNet("small").train()
-    found = predict_classes(network, noise(5, 64), noise(5, 64), shapes=shapes, batch_size=3)
-    assert [one.shape for one in found] == shapes and not network.training
-    assert all(one.dtype == np.uint8 and one.max() <= 2 for one in found)
-
-
-@pytest.mark.parametrize("true", [0.25, 1.0, 3.0])
-def test_the_temperature_that_labels_were_drawn_with_is_found(true):
-    rng = np.random.default_rng(0)
-    logits = [rng.normal(0, 3, (60, 50)), rng.normal(1, 2, (70, 40))]
-    masks = [rng.random(one.shape) < 1 / (1 + np.exp(-one / true)) for one in logits]
-    found = fit_temperature(logits, masks)
-    assert found == pytest.approx(true, rel=0.1)
-    assert fit_temperature([5 * one for one in logits], masks) == pytest.approx(5 * found, rel=1e-6)
-
-    def entropy(temperature):
-        return np.mean([functional.binary_cross_entropy_with_logits(torch.tensor(one / temperature), torch.tensor(mask).double())
-                        for one, mask in zip(logits, masks)])
-
-    assert entropy(found) <= min(entropy(0.98 * found), entropy(1.02 * found))
-
-
 # scans -------------------------------------------------------------------------------------------------------------
 
 
@@ -206,18 +162,6 @@ def network():
     return build_network("infnet", "small").eval()
 
 
-def test_the_masks_are_those_that_were_scored(scan, network, patient):
-    """`predict_slices` made the numbers of the paper."""
-    box = lung_box(patient["lungs"], patient["spacing"])
-    for kind in ("real", "phantom"):
-        pictures = list(network_slices(scan, box, kind))
-        maps = predict_slices(network, slice_set(pictures), 64)
-        cut = float(np.median(maps[5]))
-        expected = np.stack([turn_picture(for_display(one >= cut, kind)) for one in maps], axis=-1)
-        found = segment_scan(scan, network, size=64, threshold=cut, kind=kind, box=box)
-        assert found.dtype == np.uint8 and np.array_equal(found[box], expected) and 0.1 < expected.mean() < 0.9
-
-
 def test_window_and_native_size(scan, patient):
     """A network that answers with its own input gives the windowed volume back: grey 127.5 is -600 HU."""
     found = segment_scan(scan, Bright(), size=64, threshold=0.5)
@@ -229,13 +173,11 @@ def test_window_and_native_size(scan, patient):
     assert coarse.shape == found.shape and np.mean(coarse == found) > 0.9
 
 
-@pytest.mark.parametrize("kind, where", [("phantom", (np.s_[32:], np.s_[32:])), ("real", (np.s_[32:], np.s_[32:]))])
-def test_training_orientation(scan, kind, where):
+@pytest.mark.parametrize("kind", ["phantom", "real"])
+def test_training_orientation(scan, kind):
     """The first rows and columns of a training slice hold the patient's right (left on a screen) and the front."""
     found = segment_scan(scan, Corner(), size=64, threshold=0.5, kind=kind)
-    expected = np.zeros_like(found)
-    expected[where[0], where[1]] = 1
-    assert np.array_equal(found, expected)
+    assert found[32:, 32:].all() and found.sum() == found[32:, 32:].size
 
 
 def test_real_training_slices_lie_like_this(data_root):
@@ -248,7 +190,7 @@ def test_real_training_slices_lie_like_this(data_root):
     assert not spine_at_left(training_view(turn_picture(to_uint8(phantom)), "real"))
 
 
-@pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "PIR", "SAL"])
+@pytest.mark.parametrize("codes", ["LPS", "PIR", "SAL"])
 def test_any_storage_order_gives_the_same_mask_on_its_own_grid(tmp_path, scan, network, codes):
     start, end = (nibabel.orientations.axcodes2ornt(axes) for axes in ("RAS", codes))
     image = nibabel.Nifti1Image(scan.hu.astype(np.int16), scan.affine)
@@ -263,13 +205,13 @@ def test_any_storage_order_gives_the_same_mask_on_its_own_grid(tmp_path, scan, n
     assert np.array_equal(nibabel.as_closest_canonical(written).get_fdata(), mask)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (41, 97), (33, 150)])
+@pytest.mark.parametrize("shape", [(64, 64), (33, 150)])
 def test_slices_of_any_aspect(network, shape):
     picture = np.random.default_rng(0).integers(0, 256, shape).astype(np.float32)
     scan = Scan(picture, "slice", "grey", "x", "0" * 64)
-    found = segment_scan(scan, network, size=64, threshold=0.4, kind="phantom")
-    assert found.shape == shape and found.dtype == np.uint8
-    assert np.array_equal(segment_scan(scan, Bright(), size=max(shape), threshold=0.5, kind="real").shape, shape)
+    for kind in ("phantom", "real"):
+        found = segment_scan(scan, network, size=64, threshold=0.4, kind=kind)
+        assert found.shape == shape and found.dtype == np.uint8
 
 
 def test_slice_and_volume_agree(scan, network):
@@ -277,18 +219,6 @@ def test_slice_and_volume_agree(scan, network):
     alone = segment_scan(plane, network, size=64, threshold=0.4)
     within = segment_scan(scan, network, size=64, threshold=0.4, batch_size=1)
     assert np.array_equal(as_volume(alone)[:, :, 0], within[:, :, 6])
-
-
-def test_second_network_gets_the_first_ones_map(scan, network, patient):
-    """A second network that repeats its prior: class 1 exactly where the prior is above one half."""
-
-    class Echo(nn.Module):
-        def forward(self, images, priors):
-            assert ((255 * priors) % 1 < 1e-3).logical_or((255 * priors) % 1 > 1 - 1e-3).all()
-            return MultiClassOutputs(torch.cat([0.5 - priors, priors - 0.5, priors - 9], 1))
-
-    both = segment_scan(scan, Bright(), size=64, threshold=0.9, second=SecondStage(Echo(), 64))
-    assert np.array_equal(both, segment_scan(scan, Bright(), size=64, threshold=0.5))
 
 
 def test_box_and_margin(patient):
@@ -306,23 +236,11 @@ def test_box_and_margin(patient):
         lung_box(np.zeros((40, 40)))
 
 
-def test_crop_depends_on_what_the_network_was_trained_on(scan, patient):
-    stand_in = Segmenter(Bright(), 64, 0.5, "phantom", (-600.0, 1500.0), "0" * 64)
-    has_lung = (patient["lungs"] > 0).any(axis=(0, 1))
-    whole = segment(scan, stand_in, patient["lungs"])
-    assert whole[:, :, has_lung].any() and not whole[:, :, ~has_lung].any() and (~has_lung).any()
-    box = lung_box(patient["lungs"], scan.spacing_mm)
-    assert whole.sum() > whole[box].sum()  # the chest wall too
-    cropped = segment(scan, Segmenter(Bright(), 64, 0.5, "real", (-600.0, 1500.0), "0" * 64), patient["lungs"])
-    assert cropped[box].any() and cropped.sum() == cropped[box].sum()
-
-
 def test_wrong_settings(scan):
-    for threshold in (0.0, 1.0, 50):
-        with pytest.raises(ConfigError, match="threshold is a probability"):
-            segment_scan(scan, Bright(), size=64, threshold=threshold)
-    with pytest.raises(ConfigError, match="did you mean 'phantom'"):
-        segment_scan(scan, Bright(), size=64, threshold=0.5, kind="phantoms")
+    for threshold, kind, words in ((0.0, "real", "threshold is a probability"), (50, "real", "threshold is a probability"),
+                                   (0.5, "phantoms", "did you mean 'phantom'")):
+        with pytest.raises(ConfigError, match=words):
+            segment_scan(scan, Bright(), size=64, threshold=threshold, kind=kind)
 
 
 def info(task="single", kind="phantom", **more):
@@ -433,9 +351,9 @@ def with_entry(content: bytes, change) -> bytes:
 def test_there_and_back_is_bit_equal(name, networks, tmp_path):
     info = describe(name, window=(-600, 1500), seed=3, slices={"train": 5}, metrics={"test/dice": 1 / 3},
                     metrics_n={"test/dice": 7}, prior="priors/infnet-seed0" if name == "multi" else None)
-    path = save_model(tmp_path / "x.safetensors", networks[name], info)
-    loaded, said = load_model(path, sha256=sha256_file(path))
-    assert said == info and not loaded.training
+    path, before = save_model(tmp_path / "x.safetensors", networks[name], info), torch.get_rng_state()
+    loaded, said = load_model(path, sha256=sha256_file(path).upper())
+    assert said == info and not loaded.training and torch.equal(before, torch.get_rng_state())
     assert torch.equal(answer(loaded, name), answer(networks[name], name))
     assert weights_hash(loaded) == weights_hash(networks[name])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.md", "x.safetensors"]
@@ -452,13 +370,6 @@ def test_bytes_repeat_in_another_process_that_has_no_onnx_loaded(saved, tmp_path
                           capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
     assert (tmp_path / "y.safetensors").read_bytes() == saved[1]
-
-
-def test_loading_changes_no_random_state(saved):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    load_model(saved[0])
-    assert torch.equal(before, torch.get_rng_state())
 
 
 class Canary:
@@ -486,7 +397,7 @@ def flip(content: bytes, place: int) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("where", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("where", [0.0, 0.7, 1.0])
 def test_one_flipped_bit_of_the_weights_is_found(saved, where, tmp_path):
     path, content = tmp_path / "x.safetensors", saved[1]
     first = 8 + struct.unpack("<Q", content[:8])[0]
@@ -496,13 +407,13 @@ def test_one_flipped_bit_of_the_weights_is_found(saved, where, tmp_path):
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda c: c[:len(c) // 2], "not a weights file"), (lambda c: b"", "0 bytes"), (lambda c: c[:7], "7 bytes"),
-    (lambda c: b"<!DOCTYPE html><p>404", "web page"), (lambda c: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
-    (lambda c: b"\xff" * 64, "not a weights file"), (lambda c: struct.pack("<Q", 2) + b"[]" + c, "not a weights file"),
+    (lambda c: c[:7], "7 bytes"), (lambda c: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+    (lambda c: b"\xff" * 64, "not a weights file"), (lambda c: c + b"more", "not a weights file"),
+    (lambda c: struct.pack("<Q", 2) + b"[]" + c, "not a weights file"),
     (lambda c: struct.pack("<Q", 40_000) + b"[" * 40_000, "not a weights file"),
     (lambda c: struct.pack("<Q", 24) + b'{"__metadata__": [1, 2]}', "do not say what they are"),
-    (lambda c: struct.pack("<Q", 19) + b'{"__metadata__": 7}', "do not say what they are"), (lambda c: c + b"more", "not a weights file"),
-], ids=["half", "empty", "seven bytes", "web page", "LFS pointer", "huge length", "list", "deep", "metadata list", "metadata number", "appended"])
+    (lambda c: struct.pack("<Q", 19) + b'{"__metadata__": 7}', "do not say what they are"),
+], ids=["seven bytes", "LFS pointer", "huge length", "appended", "list", "deep", "metadata list", "metadata number"])
 def test_damaged_files_are_refused(saved, make, words, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(make(saved[1]))
@@ -518,12 +429,9 @@ def test_a_pipe_or_a_device_is_not_read_for_ever(tmp_path):
             load_model(path)
 
 
-def test_missing_file_wrong_hash_and_missing_device(saved, tmp_path):
+def test_a_missing_file_and_a_missing_device(saved, tmp_path):
     with pytest.raises(CheckpointError, match="covidsev export"):
         load_model(tmp_path / "nothing.safetensors")
-    with pytest.raises(CheckpointError, match="another SHA-256"):
-        load_model(saved[0], sha256="ab" * 32)
-    assert load_model(saved[0], sha256=sha256_file(saved[0]).upper())[1] == describe("unet")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="not there"):
             load_model(saved[0], device="cuda")
@@ -549,29 +457,12 @@ def test_a_description_that_does_not_fit_is_refused(saved, change, words, tmp_pa
         load_model(path)
 
 
-def test_another_architecture_is_not_written(networks, tmp_path):
-    with pytest.raises(CheckpointError, match="another network"):
-        save_model(tmp_path / "x.safetensors", networks["infnet"], describe("unet"))
-    with pytest.raises(ConfigError, match="safetensors"):
-        save_model(tmp_path / "x.pt", networks["unet"], describe("unet"))
-    assert not list(tmp_path.iterdir())
-
-
 def test_weights_that_are_no_numbers_do_not_leave(tmp_path):
     network = network_of("unet")
     network.head.bias.data.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="head.bias"):
         save_model(tmp_path / "x.safetensors", network, describe("unet"))
     assert not list(tmp_path.iterdir())
-
-
-def test_the_card_says_what_must_be_said(saved):
-    card = card_path(saved[0]).read_text()
-    for words in ("Not a medical device", "Intended use", "no use on real CT", "Limits", "Licence", sha256_file(saved[0]),
-                  "above 0.4", "load_model"):
-        assert words.lower() in card.lower(), words
-    multi = inference.model_card(describe("multi", data="covid-semiseg", data_kind="real", prior="priors/a"), "m", "0")
-    assert "NON-COMMERCIAL" in multi and "`priors/a`" in multi and ".logits" in multi and "is a guess" in multi
 
 
 def test_the_code_of_the_card_runs(saved, monkeypatch):
@@ -621,17 +512,11 @@ def test_a_run_becomes_a_file_with_its_own_numbers(run, networks, tmp_path):
     assert export_run(run[0], run[1], tmp_path / "named.safetensors").read_bytes() == path.read_bytes()
 
 
-def test_edited_metrics_are_not_exported(run, tmp_path):
-    text = (run[0] / "metrics.csv").read_text()
-    (run[0] / "metrics.csv").write_text(text.replace("0.25", "0.95"))
-    with pytest.raises(CheckpointError, match="not those that the run wrote"):
-        export_run(run[0], None, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("values, error, words", [
     ({"run": "pretext/x-seed0"}, ConfigError, "no network that can be exported"),
-    ({"key": "cd" * 32}, ConfigError, "not on this machine"), ({"parameters": {}}, ConfigError, "not complete"),
+    ({"parameters": {}}, ConfigError, "not complete"),
+    ({"key": "cd" * 32, "parameters": {"profile": "cpu", "row": "unet", "seed": 2}}, ConfigError,
+     "reproduce --profile cpu --only train_single --row unet --seed 2 --force"),
     ({"network": {"model": "unet", "parameters": 5}}, CheckpointError, "another network"),
     ({"network": {"model": "segnet"}}, CheckpointError, "another network"),
 ])
@@ -640,12 +525,6 @@ def test_runs_that_do_not_fit_are_refused(run, values, error, words, tmp_path):
     with pytest.raises(error, match=words):
         export_run(run[0], None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_weights_that_are_not_here_come_back_by_the_command_in_the_error(run, tmp_path):
-    change(run[0], {"key": "cd" * 32, "parameters": {"profile": "cpu", "row": "unet", "seed": 2}})
-    with pytest.raises(ConfigError, match="reproduce --profile cpu --only train_single --row unet --seed 2 --force"):
-        export_run(run[0], None, tmp_path / "out")
 
 
 def test_no_run_and_a_damaged_checkpoint(run, tmp_path):
@@ -669,7 +548,7 @@ def test_a_folder_of_covidsev_train(run, tmp_path):
 # ------------------------------------------------------------------ ONNX
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["infnet", "segnet", "multi"])  # the U-Net in the notebook
 def test_onnx_answers_as_the_network_does(name, networks, tmp_path):
     pytest.importorskip("onnxruntime")
     info, path = describe(name), tmp_path / "x.onnx"
@@ -683,20 +562,6 @@ def test_onnx_answers_as_the_network_does(name, networks, tmp_path):
             ours = inference.logits_of(networks[name](*given)).numpy()
         theirs = session.run(None, {key: x.numpy() for key, x in zip(("image", "prior"), given)})[0]
         assert np.abs(theirs - ours).max() <= PARITY * max(1, np.abs(ours).max())
-
-
-def test_onnx_of_another_network_is_not_written(networks, tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
-    info, other = describe("unet"), network_of("unet", seed=1)
-    content = onnx_bytes(other, info)
-    with pytest.raises(CovidSevError, match="does not answer"):
-        check_parity(content, networks["unet"], info)
-    with pytest.raises(CheckpointError, match="not an ONNX model"):
-        check_parity(b"nothing", networks["unet"], info)
-    monkeypatch.setattr(inference, "onnx_bytes", lambda network, info: content)
-    with pytest.raises(CovidSevError, match="does not answer"):
-        save_onnx(tmp_path / "x.onnx", networks["unet"], info)
-    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_extra_the_message_says_how_to_get_it(networks, monkeypatch, tmp_path):
