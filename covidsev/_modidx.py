@@ -1478,8 +1478,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                 'covidsev/paper/claims.py'),
                                        'covidsev.paper.claims.count_checks': ( '4_paper/claims.html#count_checks',
                                                                                'covidsev/paper/claims.py'),
-                                       'covidsev.paper.claims.count_slices': ( '4_paper/claims.html#count_slices',
-                                                                               'covidsev/paper/claims.py'),
                                        'covidsev.paper.claims.decided_by': ('4_paper/claims.html#decided_by', 'covidsev/paper/claims.py'),
                                        'covidsev.paper.claims.draw_again': ('4_paper/claims.html#draw_again', 'covidsev/paper/claims.py'),
                                        'covidsev.paper.claims.expand': ('4_paper/claims.html#expand', 'covidsev/paper/claims.py'),

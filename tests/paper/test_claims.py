@@ -10,6 +10,7 @@ from toys import TRAIN, experiment, table, write_notebook
 
 from covidsev.core import ConfigError, repo_root, write_csv, write_json
 from covidsev.method.statistics import CONTRADICTED, NOT_TESTED, OUTCOMES, SUPPORTED, UNDECIDED, crossed_bootstrap
+from covidsev.data.datasets import load_splits
 from covidsev.paper import claims, tables
 from covidsev.paper.claims import train_again
 from covidsev.paper.experiments import load_registry
@@ -149,7 +150,7 @@ GOOD = 'id = "a"\ntext = "t"\nplace = "p"\n'
     ("[[claims]]\n" + GOOD + 'kind = "evry"', "did you mean 'every'"),
     ("[[claims]]\n" + GOOD + 'kind = "threshold"\nmetric = "m"', "has no 'experiment'"),
     ("[[claims]]\n" + GOOD + 'kind = "untested"\nwhy = "w"\nwho = "x"', "unknown key 'who'"),
-    ("[[claims]]\n" + GOOD + 'kind = "count"\nexperiment = "train_single"\nrow = "unett"\nvalue = 1', "did you mean 'unet'"),
+    ("[[claims]]\n" + GOOD + 'kind = "relative"\nthan = "unet"\nrow = "unett"\nmetric = "dice"\ndirection = "lower"\nby = 1', "did you mean 'unet'"),
     ("[[claims]]\n" + GOOD + 'kind = "untested"\nwhy = "w"\n[[claims]]\n' + GOOD + 'kind = "untested"\nwhy = "w"', "the same id"),
     ("[[claims]", "cannot be read"),
     ("claims = []\n[[sentences]]\nsection = 'impact'\nclaim = 'a'\nsupported = 'yes'", "has no 'contradicted'"),
@@ -205,3 +206,13 @@ def test_a_row_that_is_trained_again_lies_inside_or_not(tmp_path):
     assert other["inside"].tolist() == [False] * 4 and other["committed"].isna().tolist() == [False, False, True, True]
     with pytest.raises(ConfigError, match="did you mean|committed runs"):
         train_again("smoke", ["b"], [0], tmp_path / "again", **before)  # never run
+
+
+def test_the_counts_of_data_sets_are_those_of_the_data(data_root):
+    table = tables.read_published("data_sets").set_index(["data_set", "quantity"])["value"]
+    splits = load_splits("covid-semiseg", root=data_root)
+    assert len(splits.train) + len(splits.test) == table["covid-semiseg", "labelled slices"]
+    for name, file, key, more in (("ictcf", "ictcf-tables/patients.csv", "patients", 0),
+                                  ("medseg", "medseg9/slices.csv", "labelled slices", 100)):
+        if (path := data_root / file).is_file():  # the other 100 slices are not distributed with the nine volumes
+            assert len(tables.read_csv(path)) + more == table[name, key]
