@@ -32,8 +32,7 @@ def zip_bytes(members):
     return buffer.getvalue()
 
 
-GOOD = zip_bytes({f"Inf-Net-abc/Dataset/{name}": content for name, content in FILES.items()} | {"Inf-Net-abc/x.py":
-                                                                                                b""})
+GOOD = zip_bytes({**{f"Inf-Net-abc/Dataset/{name}": content for name, content in FILES.items()}, "Inf-Net-abc/x.py": b""})
 PAGES = {"/other.zip": zip_bytes({f"x/Dataset/{name}": content[1:] for name, content in FILES.items()}),
          "/damaged.zip": GOOD.replace(b"\x01" * 300, b"\x03" * 300), "/short.zip": GOOD[:-200], "/empty.zip": b"",
          "/page.zip": b"<html><body>rate limited</body></html>", "/elsewhere.zip": zip_bytes({"a/b.png": b"1"})}
@@ -72,7 +71,6 @@ class Handler(BaseHTTPRequestHandler):
 def site(monkeypatch):
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setenv("COVIDSEV_QUIET", "1")
     Handler.counts = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
@@ -90,11 +88,8 @@ def small(tmp_path):
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "source" / name).write_bytes(content)
     content = {folder.name: folder_digest(folder) for folder in sorted((tmp_path / "source").iterdir())}
-
-    def card(url, **changes):
-        file = {"url": url, "folder": "Dataset", "inside": "Dataset", **changes}
-        return replace(get_card("covid-semiseg"), name="small", content=content, files=[file])
-    return card
+    return lambda url, **changes: replace(get_card("covid-semiseg"), name="small", content=content, files=[
+        {"url": url, "folder": "Dataset", "inside": "Dataset", **changes}])
 
 
 def leftovers(home):
@@ -118,38 +113,28 @@ def test_fetch_also_after_a_broken_connection_or_a_busy_server(site, small, tmp_
 @pytest.mark.parametrize("page, error, words", [
     ("missing.zip", ChecksumError, ["HTTP status 404"]), ("empty.zip", ChecksumError, ["an empty file"]),
     ("page.zip", ChecksumError, ["looks like an HTML", "expected: a zip or tar file"]),
-    ("always-breaks.zip", ChecksumError, ["then the connection was lost"]), ("short.zip", ChecksumError, ["not a whole archive"]),
-    ("other.zip", ChecksumError, ["part 1: expected 2 files", "got 2 files"]), ("elsewhere.zip", ArchiveError, ["no folder Dataset"]),
-    ("damaged.zip", ArchiveError, ["CRC"]), ("endless.zip", ChecksumError, ["larger than it should be"])])
+    ("always-breaks.zip", ChecksumError, ["then the connection was lost"]),
+    ("short.zip", ChecksumError, ["not a whole archive"]), ("elsewhere.zip", ArchiveError, ["no folder Dataset"]),
+    ("other.zip", ChecksumError, ["part 1: expected 2 files", "got 2 files"]), ("damaged.zip", ArchiveError, ["CRC"]),
+    ("endless.zip", ChecksumError, ["larger than it should be"])])
 @pytest.mark.parametrize("old_copy", [True, False])
 def test_failures_say_what_they_found_and_keep_the_old_copy(site, small, tmp_path, page, error, words, old_copy):
     if old_copy:
         fetch(small(f"{site}/good.zip"), tmp_path, echo=str)
-    card = small(f"{site}/{page}", most_mb=5)
+    card = small(f"{site}/{page}", most_mb=3)
     with pytest.raises(error) as caught:
         fetch(card, tmp_path, force=True, echo=str)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert leftovers(tmp_path / "small") == (WHOLE if old_copy else [])
     assert compare_content(tmp_path / "small" / "Dataset", card, present_only=not old_copy) == []
-
-
-def test_an_endless_reply_is_broken_off(site, tmp_path):
-    with pytest.raises(ChecksumError, match="larger than it should be"):
-        download(f"{site}/endless.zip", tmp_path / "x", most=3_000_000)
-    assert Handler.counts["/endless.zip"] == 1 and not (tmp_path / "x").exists()
-
-
-def test_hash_of_the_archive_is_checked_where_one_is_given(site, small, tmp_path):
-    with pytest.raises(ChecksumError, match=f"(?s){sha256_bytes(GOOD)}.*expected: sha256 {'0' * 64}"):
-        fetch(small(f"{site}/good.zip", sha256="0" * 64), tmp_path, echo=str)
-    assert fetch(small(f"{site}/good.zip", sha256=sha256_bytes(GOOD)), tmp_path, echo=str).is_dir()
+    assert Handler.counts[f"/{page}"] == (3 if page == "always-breaks.zip" else 1)
 
 
 def test_a_mirror_replaces_the_address_and_the_licence_comes_first(site, small, tmp_path, monkeypatch):
-    monkeypatch.setitem(core_cards := sources.cards(), "small", small("https://example.org/x.zip"))
+    monkeypatch.setitem(sources.cards(), "small", card := small("https://example.org/x.zip"))
     shown = []
     home = get_data("small", tmp_path, url=f"{site}/good.zip", echo=shown.append)
-    assert leftovers(home) == WHOLE and "NON-COMMERCIAL" in shown[0] and core_cards["small"].citation in shown[0]
+    assert leftovers(home) == WHOLE and "NON-COMMERCIAL" in shown[0] and card.citation in shown[0]
     with pytest.raises(ConfigError, match="only for a set that is one archive"):
         get_data("covid19-ct-seg", tmp_path, url=f"{site}/good.zip", echo=str)
 
@@ -159,28 +144,25 @@ def test_offline_names_the_way_by_hand(small, tmp_path, monkeypatch):
     with socket.socket() as closed:  # a port on which nobody listens
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/x.zip"
-    with pytest.raises(DataMissingError) as caught:
+    with pytest.raises(DataMissingError, match=f"(?s)could not reach.*offline.*by hand: download {url}.*COVIDSEV_DATA"):
         fetch(small(url), tmp_path, echo=str)
-    for words in ("could not reach", "offline", f"by hand: download {url}", "COVIDSEV_DATA"):
-        assert words in str(caught.value)
     assert leftovers(tmp_path / "small") == []
 
 
 def test_a_whole_copy_is_not_fetched_again_and_a_damaged_one_is(site, small, tmp_path):
-    card = small(f"{site}/good.zip")
-    for _ in range(2):
-        folder = fetch(card, tmp_path, echo=str) / "Dataset"
-    assert Handler.counts["/good.zip"] == 1
-    (folder / "part 1" / "a.png").write_bytes(b"damaged")
-    fetch(card, tmp_path, echo=str)
-    assert Handler.counts["/good.zip"] == 2 and compare_content(folder, card) == []
+    card, copy = small(f"{site}/good.zip"), tmp_path / "small" / "Dataset"
+    for fetches in (1, 1, 2):
+        if fetches == 2:
+            (copy / "part 1" / "a.png").write_bytes(b"damaged")
+        fetch(card, tmp_path, echo=str)
+        assert Handler.counts["/good.zip"] == fetches and compare_content(copy, card) == []
 
 
 def test_archives_with_hashes_are_fetched_one_by_one_and_a_broken_off_fetch_goes_on(site, small, tmp_path):
-    files = [{"url": f"{site}/{page}.zip", "folder": page, "sha256": sha256_bytes(PAGES.get(f"/{page}.zip", GOOD))}
-             for page in ("good", "elsewhere")]
+    files = [{"url": f"{site}/{page}.zip", "folder": page, "sha256": sha256_bytes(content)}
+             for page, content in (("good", GOOD), ("elsewhere", PAGES["/elsewhere.zip"]))]
     card = replace(small("x"), content={}, files=[files[0], {**files[1], "sha256": "0" * 64}])
-    with pytest.raises(ChecksumError):
+    with pytest.raises(ChecksumError, match=f"(?s){files[1]['sha256']}.*expected: sha256 {'0' * 64}"):
         fetch(card, tmp_path, echo=str)
     assert leftovers(tmp_path / "small") == ["SOURCE.json", "good"]
     fetch(replace(card, files=files), tmp_path, echo=str)
@@ -248,22 +230,18 @@ def test_paths_that_leave_the_target_are_refused_before_anything_is_written(tmp_
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("fields", [{"type": tarfile.SYMTYPE, "linkname": "/etc"}, {"type": tarfile.LNKTYPE, "linkname": "good"},
-                                    {"type": tarfile.CHRTYPE}, {"type": tarfile.FIFOTYPE}])
-def test_links_and_devices_in_a_tar_are_refused(tmp_path, fields):
-    path = tar_file(tmp_path / "bad.tar", ("good", b"good", {}), ("bad", b"", fields))
+@pytest.mark.parametrize("kind", [
+    {"type": tarfile.SYMTYPE, "linkname": "/etc"}, {"type": tarfile.LNKTYPE, "linkname": "good"},
+    {"type": tarfile.CHRTYPE}, {"type": tarfile.FIFOTYPE}, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR])
+def test_links_and_devices_are_refused(tmp_path, kind):
+    if isinstance(kind, dict):
+        tar_file(tmp_path / "bad", ("good", b"good", {}), ("bad", b"", kind))
+    else:
+        info = zipfile.ZipInfo("elsewhere/link")
+        info.external_attr = (kind | 0o777) << 16
+        (tmp_path / "bad").write_bytes(zip_bytes({"Dataset/good": b"good", info: "../.."}))
     with pytest.raises(ArchiveError, match="is a link, a device"):
-        safe_extract(path, tmp_path / "target")
-    assert not (tmp_path / "target").exists()
-
-
-@pytest.mark.parametrize("mode", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR])
-def test_links_and_devices_in_a_zip_are_refused(tmp_path, mode):
-    info = zipfile.ZipInfo("elsewhere/link")
-    info.external_attr = (mode | 0o777) << 16
-    (tmp_path / "bad.zip").write_bytes(zip_bytes({"Dataset/good": b"good", info: "../.."}))
-    with pytest.raises(ArchiveError, match="is a link, a device"):
-        safe_extract(tmp_path / "bad.zip", tmp_path / "target")
+        safe_extract(tmp_path / "bad", tmp_path / "target")
     assert not (tmp_path / "target").exists()
 
 

@@ -6,25 +6,20 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from toys import write_nifti
 
 from covidsev.core import ConfigError, DataMissingError, GeometryError, MaskError, ReadError, data_root
 from covidsev.data.sources import (SOURCES, cards, check_data, describe, get_data, get_source, how_to_get,
-                                   load_masks, path_below, read_ictcf_table, read_rows, scan_patient)
+                                   load_masks, read_ictcf_table, read_rows, scan_patient)
 from covidsev.severity.lungs import split_lungs
 
 SIDE = 64
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("COVIDSEV_QUIET", "1")
 
 
 def picture(path, array) -> Path:
@@ -54,17 +49,13 @@ def drawn(rows, columns) -> np.ndarray:
 
 # --- cards
 
-def test_every_card_is_complete_and_says_where_the_set_is_missing(tmp_path):
-    (tmp_path / "empty").mkdir()
+def test_every_card_says_where_the_set_is_missing(tmp_path):
     for name, card in cards().items():
-        text = describe(card)
-        for words in (f"[{name}]", card.licence, card.size, card.page, card.citation, "layout:"):
-            assert words in text
-        assert card.files or (card.why and card.steps)
+        assert card.page in (text := describe(card)) and f"[{name}]" in text and "layout:" in text
         assert f"<data root>/{name}/" in how_to_get(card)
         if name in SOURCES:
             with pytest.raises(DataMissingError, match="(?s)is not there.*<data root>"):
-                get_source(name).locate(tmp_path / "empty")
+                get_source(name).locate(tmp_path)
         elif name != "covid-semiseg":
             with pytest.raises(ConfigError, match="nothing here reads it"):
                 get_source(name)
@@ -84,10 +75,9 @@ def test_the_list_of_data_sets_loads_no_torch():
 def test_a_set_fetched_by_hand_says_how_and_is_accepted_when_there(tmp_path):
     with pytest.raises(DataMissingError, match="(?s)cannot be fetched by a program.*save dataset_registry.xlsx"):
         get_data("mosmed", tmp_path, echo=str)
-    root = mosmed(tmp_path)
-    assert get_data("mosmed", root, echo=str).name == "COVID19_1110"
+    assert get_data("mosmed", mosmed(tmp_path), echo=str).name == "COVID19_1110"
     with pytest.raises(ConfigError, match="did you mean 'mosmed'"):
-        check_data("mosmeds", root)
+        check_data("mosmeds", tmp_path)
 
 
 # --- tables
@@ -97,8 +87,8 @@ def test_a_set_fetched_by_hand_says_how_and_is_accepted_when_there(tmp_path):
 def test_tables_of_all_kinds_give_the_same_rows(tmp_path, delimiter, mark):
     path = table(tmp_path / "t.csv", ["Patient", " Morbidity  type", ""], ["1", " a, b ; c ", ""], [], ["2", "d", ""],
                  delimiter=delimiter, mark=mark)
-    assert list(read_rows(path)) == [(2, {"patient": "1", "morbidity type": "a, b ; c"}), (4, {"patient": "2",
-                                                                                               "morbidity type": "d"})]
+    assert [(number, *row.items()) for number, row in read_rows(path)] == [
+        (2, ("patient", "1"), ("morbidity type", "a, b ; c")), (4, ("patient", "2"), ("morbidity type", "d"))]
 
 
 @pytest.mark.parametrize("content, words", [
@@ -116,23 +106,13 @@ def test_tables_that_are_refused(tmp_path, content, words):
 @given(st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=9))
 def test_an_unknown_class_is_never_a_severity(tmp_path_factory, word):
     path = table(tmp_path_factory.mktemp("t") / "patients.csv", ["patient", "morbidity"], ["Patient 1", word])
-    known = {"mild": "mild", "regular": "regular", "severe": "severe", "critical": "critical", "critically": "critical",
+    known = {**{name: name for name in ("mild", "regular", "severe", "critical")}, "critically": "critical",
              "control": None, "suspected": None}
     if word.casefold() in known:
         assert read_ictcf_table(path)[1].severity == known[word.casefold()]
     else:
         with pytest.raises(ConfigError, match="row 2: unknown class"):
             read_ictcf_table(path)
-
-
-def test_every_bad_row_of_a_table_of_labels_is_listed_with_its_number(tmp_path):
-    path = table(tmp_path / "patients.csv", ["Patient", "Morbidity"], ["Patient 1", "Severe"], ["", "Mild"],
-                 ["Patient 1", "Mild"], ["Patient 3", "Moderate"], delimiter=";", mark="\ufeff")
-    with pytest.raises(ConfigError) as caught:
-        read_ictcf_table(path)
-    for words in ("3 rows", "row 3: no patient", "row 4: patient 1 is already in row 2",
-                  "row 5: unknown class 'Moderate'"):
-        assert words in str(caught.value)
 
 
 def test_the_site_text_has_no_header(tmp_path):
@@ -152,25 +132,21 @@ def png_slices(root, scans=("coronacases_002", "radiopaedia_14_85914_0")):
             if name != "ct" or number % 2 == 0:
                 picture(folder / name / f"{number:04d}.png", array[::turn])
         rows.append([f"{number:04d}.png", scan, number % 2])
-    for scan in scans:
-        cases.append([scan, "anterior down" if "radiopaedia" in scan else "anterior up", 1])
+        cases.append([scan, "anterior down" if turn < 0 else "anterior up", 1])
     table(folder / "slices.csv", ["file", "case_inferred", "index_in_case"], *rows)
     table(folder / "cases.csv", ["case_inferred", "orientation", "contiguous"], *cases)
     return folder
 
 
 def test_png_slices_are_turned_upright_and_never_mirrored(tmp_path):
-    folder = png_slices(tmp_path)
+    stored = np.asarray(Image.open(png_slices(tmp_path) / "ct/0002.png"))
     samples = list(get_source("covid19-ct-seg-slices").find(tmp_path))
     assert [sample.group for sample in samples] == ["coronacases:002"] * 2 + ["radiopaedia:14"] * 2
-    for sample, has_image in zip(samples, (1, 0, 1, 0), strict=True):
-        masks = load_masks(sample)
+    loaded = [load_masks(sample) for sample in samples]
+    for masks, has_image in zip(loaded, (1, 0, 1, 0), strict=True):
         assert np.array_equal(masks.infection, drawn((10, 20), (10, 30)) > 0) and masks.lungs.dtype == bool
         assert (masks.image is not None) == has_image and masks.unit == "grey" and masks.spacing_mm is None
-    stored = np.asarray(Image.open(folder / "ct/0002.png"))
-    assert np.array_equal(load_masks(samples[2]).image, stored[::-1])
-    with_sides = load_masks(samples[0], split=lambda mask, spacing: (mask * np.uint8(2), "somebody"))
-    assert set(np.unique(with_sides.lungs)) == {0, 2}
+    assert np.array_equal(loaded[2].image, stored[::-1])
 
 
 def test_faults_of_a_set_by_table_are_listed_and_stop_a_reader(tmp_path):
@@ -179,19 +155,15 @@ def test_faults_of_a_set_by_table_are_listed_and_stop_a_reader(tmp_path):
     assert report.ok and "4 samples of 1614" in report.notices[0] and "radiopaedia_14_85914_0" in str(report)
     picture(folder / "covid/0001.png", np.zeros((SIDE, 2 * SIDE), np.uint8))
     (folder / "lungs/0002.png").write_bytes(b"<html>")
+    table(folder / "MANIFEST.csv", ["path", "sha256"], ["ct/0000.png", "0" * 64])
     text = str(check_data("covid19-ct-seg-slices", tmp_path))
-    assert "differ in shape" in text and "not a picture" in text and "2 faults" in text
+    for words in ("differ in shape", "not a picture", "not the one in MANIFEST.csv", "3 faults"):
+        assert words in text
     with pytest.raises(GeometryError, match="differ in shape"):
         [load_masks(sample) for sample in get_source("covid19-ct-seg-slices").find(tmp_path)]
     table(folder / "cases.csv", ["case_inferred", "orientation"], ["coronacases_002", "anterior up"])
     with pytest.raises(ConfigError, match="row 4: cases.csv does not have this"):
         list(get_source("covid19-ct-seg-slices").find(tmp_path))
-
-
-def test_a_file_that_is_not_the_one_in_the_manifest_is_a_fault(tmp_path):
-    folder = png_slices(tmp_path)
-    table(folder / "MANIFEST.csv", ["path", "sha256"], ["ct/0000.png", "0" * 64])
-    assert any("MANIFEST.csv" in fault for fault in check_data("covid19-ct-seg-slices", tmp_path).faults)
 
 
 def test_medseg9_has_lungs_and_infection_of_any_value(tmp_path):
@@ -211,11 +183,9 @@ def test_coronacases_are_hu_on_a_crop_with_masks_laid_on_it(tmp_path):
     folder, other = tmp_path / "coronacases10", tmp_path / "covid19-ct-seg-slices"
     image = RNG.integers(0, 256, (400, 512)).astype(np.uint8)
     picture(folder / "c001/img512/008.png", image)
-    soft = np.zeros((10, 128, 128), np.uint8)
-    soft[8, 40:60, 30:50] = 255
+    soft, lungs = np.zeros((10, 128, 128), np.uint8), np.zeros((256, 256), np.uint8)
+    soft[8, 40:60, 30:50] = lungs[60:200, 40:220] = 255
     np.savez(folder / "c001/inf128.npz", inf=soft)
-    lungs = np.zeros((256, 256), np.uint8)
-    lungs[60:200, 40:220] = 255
     for name in ("lungs", "covid"):
         picture(other / name / "0009.png", lungs)
     header = ["case", "k", "hu_slope", "hu_intercept", "kept_512", "lung_mask_256_file"]
@@ -224,41 +194,36 @@ def test_coronacases_are_hu_on_a_crop_with_masks_laid_on_it(tmp_path):
     (sample,) = get_source("coronacases10").find(tmp_path)
     masks = load_masks(sample)
     assert (sample.group, masks.unit) == ("coronacases:001", "HU")
-    assert np.allclose(masks.image, image * 8.5 - 1015)
-    assert np.array_equal(np.argwhere(masks.lungs)[[0, -1]], [[120 - 20, 80], [399 - 20, 439]])
-    rows, columns = np.nonzero(masks.infection)
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (160 - 20, 239 - 20, 120, 199)
-    assert np.array_equal(masks.experts, masks.lungs)
+    assert np.allclose(masks.image, image * 8.5 - 1015) and np.array_equal(masks.experts, masks.lungs)
+    for mask, box in ((masks.lungs, (100, 379, 80, 439)), (masks.infection, (140, 219, 120, 199))):
+        rows, columns = np.nonzero(mask)
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == box
 
 
 def test_covid_ct_md_is_hu_from_sixteen_bits(tmp_path):
-    folder = tmp_path / "covid-ct-md"
-    image = grey(16)
+    folder, image = tmp_path / "covid-ct-md", grey(16)
     picture(folder / "P001/002.png", image)
     table(folder / "slices.csv", ["patient", "i_from_top", "kept", "LLL"], ["P001", 0, 0, 0], ["P001", 2, 1, 1])
     table(folder / "cases.csv", ["patient", "diagnosis"], ["P001", "COVID-19"])
     (sample,) = get_source("covid-ct-md").find(tmp_path)
-    assert (sample.group, sample.labels["LLL".lower()], sample.labels["diagnosis"]) == ("covid-ct-md:P001", "1",
-                                                                                        "COVID-19")
+    labels = sample.labels
+    assert (sample.group, labels["lll"], labels["diagnosis"]) == ("covid-ct-md:P001", "1", "COVID-19")
     assert np.array_equal(load_masks(sample).image, image.astype(np.float32) - 1024)
 
 
 def mosmed(root, rows=((255, "CT-1"), (256, "CT-1"), (1109, "CT-4")), masks=(255, 256)):
     """A copy with the registry, masks and one study."""
-    folder = root / "mosmed" / "COVID19_1110"
-    shape, affine = (40, 36, 5), np.diag([-0.8, -0.8, 8.0, 1.0])
-    infection = np.zeros(shape, np.int16)
+    folder, affine = root / "mosmed" / "COVID19_1110", np.diag([-0.8, -0.8, 8.0, 1.0])
+    infection = np.zeros((40, 36, 5), np.int16)
     infection[3:9, 4:8, 2] = 1
-    hu = RNG.choice(np.array([-1000, -850, 40], np.int16), shape)
-    (folder / "masks").mkdir(parents=True)
-    (folder / "studies/CT-1").mkdir(parents=True)
     for number in masks:
-        nibabel.save(nibabel.Nifti1Image(infection, affine), folder / f"masks/study_{number:04d}_mask.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(hu, affine), folder / "studies/CT-1/study_0255.nii.gz")
-    lines = [[number, kind, f"/studies/{kind}/study_{number:04d}.nii.gz", f"/masks/study_{number:04d}_mask.nii.gz" if
-              number in masks else ""] for number, kind in rows]
-    table(root / "mosmed/extra/dataset_registry.csv", ["study_id", "category", "study_file", "mask_file"], *lines,
-          mark="\ufeff")
+        write_nifti(folder / f"masks/study_{number:04d}_mask.nii.gz", infection, affine)
+    hu = RNG.choice(np.array([-1000, -850, 40], np.int16), infection.shape)
+    write_nifti(folder / "studies/CT-1/study_0255.nii.gz", hu, affine)
+    lines = [[number, kind, f"/studies/{kind}/study_{number:04d}.nii.gz",
+              f"/masks/study_{number:04d}_mask.nii.gz" * (number in masks)] for number, kind in rows]
+    header = ["study_id", "category", "study_file", "mask_file"]
+    table(root / "mosmed/extra/dataset_registry.csv", header, *lines, mark="\ufeff")
     return root
 
 
@@ -266,43 +231,34 @@ def test_mosmed_volumes_masks_and_classes(tmp_path):
     first, second = get_source("mosmed").find(mosmed(tmp_path))
     assert (first.case_id, first.group, first.labels["severity"]) == ("study_0255", "mosmed:study_0255", "CT-1")
     whole, alone = load_masks(first), load_masks(second)
-    assert whole.unit == "HU" and whole.image.shape == whole.infection.shape == alone.infection.shape
-    assert whole.infection.sum() == alone.infection.sum() == 24 and alone.spacing_mm == pytest.approx((0.8, 0.8, 8.0))
+    assert whole.unit == "HU" and whole.image.shape == whole.infection.shape
+    assert whole.infection.sum() == 24 and alone.spacing_mm == pytest.approx((0.8, 0.8, 8.0))
     assert np.array_equal(whole.infection, alone.infection)
 
 
-@pytest.mark.parametrize("rows, error, words", [
-    ([(255, "CT-9")], ConfigError, "row 2: no class"), ([(255, "CT-1"), (255, "CT-1")], ConfigError, "row 3: .* there twice"),
-    ([(255, "")], ConfigError, "row 2: no class")])
-def test_mosmed_registries_that_are_refused(tmp_path, rows, error, words):
-    with pytest.raises(error, match=words):
-        list(get_source("mosmed").find(mosmed(tmp_path, rows)))
-    assert not check_data("mosmed", tmp_path).ok
-
-
-def test_a_registry_that_leads_out_or_is_missing(tmp_path):
-    root = mosmed(tmp_path)
-    path = root / "mosmed/extra/dataset_registry.csv"
-    path.write_text("study_id,category,study_file,mask_file\n255,CT-1,/../../../etc/passwd,\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="leads out of its data set"):
-        list(get_source("mosmed").find(root))
+@pytest.mark.parametrize("lines, error, words", [
+    (["255,CT-9,,"], ConfigError, "row 2: no class"), (["255,,,"], ConfigError, "row 2: no class"),
+    (["255,CT-1,,", "255,CT-1,,"], ConfigError, "row 3: .* there twice"),
+    (["255,CT-1,/../../../etc/passwd,"], ConfigError, "leads out of its data set"),
+    (None, DataMissingError, "(?s)table of this data set is missing.*as CSV")])
+def test_mosmed_registries_that_are_refused(tmp_path, lines, error, words):
+    path = mosmed(tmp_path) / "mosmed/extra/dataset_registry.csv"
     path.unlink()
-    with pytest.raises(DataMissingError, match="(?s)table of this data set is missing.*as CSV"):
-        list(get_source("mosmed").find(root))
-    for name in ("a/../../b", "C:/x", "..\\x"):
-        with pytest.raises(ConfigError, match="leads out"):
-            path_below(tmp_path, name)
+    if lines:
+        path.write_text("\n".join(["study_id,category,study_file,mask_file", *lines]), encoding="utf-8")
+        assert not check_data("mosmed", tmp_path).ok
+    with pytest.raises(error, match=words):
+        list(get_source("mosmed").find(tmp_path))
 
 
-def test_a_mask_of_another_shape_or_with_other_values_is_a_fault(tmp_path):
-    root = mosmed(tmp_path)
-    path = root / "mosmed/COVID19_1110/masks/study_0255_mask.nii.gz"
-    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), path)
-    assert any("differ in shape" in fault for fault in check_data("mosmed", root).faults)
-    path = path.with_name("study_0256_mask.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(np.full((40, 36, 5), 7, np.int16), np.eye(4)), path)
+def test_masks_of_a_volume_that_do_not_fit_are_faults(tmp_path):
+    masks = mosmed(tmp_path) / "mosmed/COVID19_1110/masks"
+    assert check_data("mosmed", tmp_path).ok
+    write_nifti(masks / "study_0255_mask.nii.gz", np.zeros((4, 4, 4), np.int16), np.eye(4))
+    assert any("differ in shape" in fault for fault in check_data("mosmed", tmp_path).faults)
+    write_nifti(masks / "study_0256_mask.nii.gz", np.full((40, 36, 5), 7, np.int16), np.eye(4))
     with pytest.raises(MaskError, match="7: "):
-        load_masks(list(get_source("mosmed").find(root))[1])
+        load_masks(list(get_source("mosmed").find(tmp_path))[1])
 
 
 def test_data_check_and_get_on_the_command_line(tmp_path):
@@ -310,18 +266,17 @@ def test_data_check_and_get_on_the_command_line(tmp_path):
 
     from covidsev.cli import main
 
-    root = mosmed(tmp_path)
-    checked = CliRunner().invoke(main, ["data", "check", "mosmed", "--root", str(root)])
-    assert checked.exit_code == 0 and "CT-1" in checked.output, checked.output
-    (root / "mosmed/COVID19_1110/masks/study_0255_mask.nii.gz").write_bytes(b"<html>")
-    checked = CliRunner().invoke(main, ["data", "check", "mosmed", "--root", str(root)])
-    assert checked.exit_code == 1 and "looks like an HTML" in checked.output
+    root, mask = mosmed(tmp_path), tmp_path / "mosmed/COVID19_1110/masks/study_0255_mask.nii.gz"
+    for content, code, words in ((mask.read_bytes(), 0, "CT-1"), (b"<html>", 1, "looks like an HTML")):
+        mask.write_bytes(content)
+        checked = CliRunner().invoke(main, ["data", "check", "mosmed", "--root", str(root)])
+        assert checked.exit_code == code and words in checked.output, checked.output
 
 
 # --- sets by pattern
 
-LAYOUTS = {"CT": "Patient 12/CT/IMG-0001-{}.jpg", "bare": "Patient 12/IMG-0001-{}.jpg", "named":
-           "patient_12/other-name/IMG-{}.jpg", "flat": "Patient 12_{}.jpg", "deep": "CT/Patient 12/CT/{}.jpg"}
+LAYOUTS = {"CT": "Patient 12/CT/IMG-0001-{}.jpg", "bare": "Patient 12/IMG-0001-{}.jpg", "flat": "Patient 12_{}.jpg",
+           "named": "patient_12/other-name/IMG-{}.jpg", "deep": "CT/Patient 12/CT/{}.jpg"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -329,12 +284,11 @@ def test_ictcf_folders_in_all_variants(tmp_path, layout):
     root = tmp_path / "HUST-19"
     for number in ("0099", "00100", "00007"):
         picture(root / layout.format(number), grey())
-    table(root / "patients.csv", ["Patient", "Morbidity", "CT"], ["Patient 12", "Severe", "Positive"], ["Patient 1",
-                                                                                                        "Suspected",
-                                                                                                        ""])
+    table(root / "patients.csv", ["Patient", "Morbidity", "CT"], ["Patient 12", "Severe", "Positive"],
+          ["Patient 1", "Suspected", ""])
     (sample,) = get_source("ictcf").find(tmp_path)
-    assert (sample.patient, sample.group, sample.labels["severity"], sample.labels["ct"]) == ("12", "ictcf:12",
-                                                                                              "severe", "positive")
+    assert (sample.patient, sample.group) == ("12", "ictcf:12")
+    assert (sample.labels["severity"], sample.labels["ct"]) == ("severe", "positive")
     assert [path.stem.replace("_", "-").split("-")[-1] for path in sample.images] == ["00007", "0099", "00100"]
     report = check_data("ictcf", tmp_path)
     assert report.ok and "1 patients of the table are suspected (no severity)" in report.notices
@@ -358,11 +312,10 @@ def test_ictcf_series_unlisted_patients_and_no_table(tmp_path):
 
 def test_covid_ct_reads_by_content_and_keeps_names(tmp_path):
     root = tmp_path / "covid-ct" / "Images-processed"
-    jpeg = root / "CT_COVID/2020.01%2-p23 b.png"
-    picture(jpeg, grey()).rename(jpeg)
-    Image.fromarray(grey()).save(jpeg, format="JPEG")
-    picture(root / "CT_NonCOVID/1.jpg", grey())
-    picture(root / "other/2.png", grey())
+    names = ["CT_COVID/2020.01%2-p23 b.png", "CT_NonCOVID/1.jpg", "other/2.png"]
+    for name in names:
+        picture(root / name, grey())
+    Image.fromarray(grey()).save(root / names[0], format="JPEG")
     samples = list(get_source("covid-ct").find(tmp_path))
     assert [(one.case_id, one.labels["finding"], one.group) for one in samples] == [
         ("2020.01%2-p23 b.png", "COVID", "covid-ct:*"), ("1.jpg", "NonCOVID", "covid-ct:*")]
@@ -370,33 +323,31 @@ def test_covid_ct_reads_by_content_and_keeps_names(tmp_path):
     assert "2 samples of 746" in check_data("covid-ct", tmp_path).notices[0]
 
 
-@pytest.mark.parametrize("name, group", [
-    ("coronacases_001", "coronacases:001"), ("coronacases_org_001", "coronacases:001"), ("radiopaedia_10_85902_1", "radiopaedia:10"),
-    ("radiopaedia_org_covid-19-pneumonia-10_85902_3-dcm", "radiopaedia:10"), ("radiopaedia_r10_85902_3", "radiopaedia:10"),
-    ("study_0255", "x:study_0255")])
-def test_patients_have_one_name_in_all_sets(name, group):
-    assert scan_patient("x", name) == group
+@pytest.mark.parametrize("name", ["coronacases_001", "coronacases_org_001"])
+def test_patients_have_one_name_in_all_sets(name):
+    assert scan_patient("x", name) == "coronacases:001"
 
 
 def test_covid_semiseg_check_lists_every_fault_at_once(tmp_path):
     from covidsev.data.datasets import load_phantom, write_covid_semiseg
 
-    dataset = write_covid_semiseg(tmp_path / "Dataset", train=load_phantom("train", 4, 64), test=load_phantom("test", 2,
-                                                                                                              64))
+    train, test = load_phantom("train", 4, 64), load_phantom("test", 2, 64)
+    dataset = write_covid_semiseg(tmp_path / "Dataset", train=train, test=test)
     report = check_data("covid-semiseg", tmp_path)
     assert report.ok and report.tables["Pixels"]["slices"].tolist() == [4, 2], str(report)
-    multi, single = (dataset / "TrainingSet" / name for name in ("MultiClassInfection-Train",
-                                                                 "LungInfection-Train/Doctor-label"))
-    picture(multi / "GT/train-000.png", np.full((64, 64), 7, np.uint8))
+    multi, single, binary = (dataset / name for name in (
+        "TrainingSet/MultiClassInfection-Train", "TrainingSet/LungInfection-Train/Doctor-label",
+        "TestingSet/LungInfection-Test"))
+    for path, value in ((multi / "GT/train-000.png", 7), (single / "GT/train-003.png", 9),
+                        (binary / "GT/test-000.png", 255)):
+        picture(path, np.full((64, 64), value, np.uint8))
     (multi / "Imgs/train-001.png").write_bytes(b"<html>")
     (multi / "Imgs/train-002.png").unlink()
-    picture(dataset / "TestingSet/LungInfection-Test/GT/test-000.png", np.zeros((64, 64), np.uint8) + 255)
-    picture(single / "GT/train-003.png", np.full((64, 64), 9, np.uint8))
-    report = check_data("covid-semiseg", tmp_path)
+    faults = check_data("covid-semiseg", tmp_path).faults
     for words in ("GT/train-000.png", "looks like an HTML", "train-002 has no image", "slice test-000 differs",
                   "GT/train-003.png"):
-        assert any(words in fault for fault in report.faults), (words, report.faults)
-    part = check_data("covid-semiseg", dataset / "TestingSet" / "LungInfection-Test")
+        assert any(words in fault for fault in faults), (words, faults)
+    part = check_data("covid-semiseg", binary)
     assert any("has no train slices" in fault for fault in part.faults)
     assert any("no multi-class masks" in notice for notice in part.notices)
 
@@ -424,12 +375,13 @@ def test_real_covid_semiseg():
 
 def test_real_slices_have_the_known_ratios():
     root, sums = real("covid19-ct-seg-slices"), {}
-    for sample in get_source("covid19-ct-seg-slices").find(root):
-        masks = load_masks(sample)
-        sums.setdefault(sample.labels["scan"], Counter()).update(lung=int(masks.lungs.sum()),
-                                                                 infection=int(masks.infection.sum()))
     known = {row["case_inferred"]: float(row["infection_over_lung"]) for _, row in read_rows(root / "cases.csv")}
-    assert {scan: round(line["infection"] / line["lung"], 4) for scan, line in sums.items()} == known
+    known = {scan: known[scan] for scan in sorted(known)[::4]}
+    for sample in get_source("covid19-ct-seg-slices").find(root):
+        if (scan := sample.labels["scan"]) in known:
+            masks = load_masks(sample)
+            sums[scan] = sums.get(scan, 0) + np.array([masks.infection.sum(), masks.lungs.sum()])
+    assert {scan: round(infection / lung, 4) for scan, (infection, lung) in sums.items()} == known
 
 
 def test_real_slices_have_the_spine_at_the_bottom():
@@ -479,12 +431,10 @@ def test_real_mosmed_masks_and_registry():
 
 def test_real_ictcf_table():
     root = real("ictcf-tables")
-    patients = read_ictcf_table(root / "patients.csv")
-    assert len(patients) == 1521
-    assert Counter(one.severity for one in patients.values()) == {"regular": 596, None: 627, "severe": 202, "critical":
-                                                                  72, "mild": 24}
+    patients = list(read_ictcf_table(root / "patients.csv").values())
+    assert Counter(one.severity for one in patients) == {"regular": 596, None: 627, "severe": 202, "critical": 72, "mild": 24}
     # mild is defined by a CT without findings, so CT cannot tell it from the rest without circularity
-    assert "positive" not in {one.ct for one in patients.values() if one.morbidity in ("mild", "control")}
-    assert "negative" not in {one.ct for one in patients.values() if one.severity in ("regular", "severe", "critical")}
+    assert "positive" not in {one.ct for one in patients if one.morbidity in ("mild", "control")}
+    assert "negative" not in {one.ct for one in patients if one.severity in ("regular", "severe", "critical")}
     report = check_data("ictcf", root)
     assert report.ok and "299 patients of the table are suspected (no severity)" in report.notices

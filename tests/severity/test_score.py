@@ -1,6 +1,5 @@
 """The 20 regions and every score: golden numbers, properties that hold for any lungs, and bad input."""
 
-import hashlib
 import json
 import tracemalloc
 from dataclasses import replace
@@ -8,49 +7,28 @@ from itertools import permutations, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from covidsev.core import ConfigError, GeometryError, IntensityError, MaskError
-from covidsev.severity.lungs import LungSegmentationError
+from covidsev.core import ConfigError, GeometryError, IntensityError, MaskError, read_json, write_json
 from covidsev.data.phantom import phantom_volume
-from covidsev.core import read_json, write_json
 from covidsev.data.scans import Scan, turn_picture
 from covidsev.data.volumes import make_grid
+from covidsev.severity.lungs import LungSegmentationError
 from covidsev.severity.score import (
-    LOBE_OF_REGION,
-    LOBES,
-    REGIONS,
-    SECTORS,
-    RegionGeometry,
-    count_regions,
-    density_measures,
-    drop_fragments,
-    extent_score,
-    fill_lobes,
-    fractions,
-    lesion_components,
-    lobe_score,
-    mosmed_class,
-    pan_score,
-    partition_regions,
-    peripheral_zone,
-    score_scan,
-    severity,
-    sum_scores,
-)
+    LOBE_OF_REGION, SECTORS, RegionGeometry, count_regions, drop_fragments, extent_score, fill_lobes, fractions,
+    lobe_score, mosmed_class, pan_score, partition_regions, peripheral_zone, score_scan, severity, sum_scores)
 
 MIRRORED = {region: (region + 9) % 20 + 1 for region in range(1, 21)}  # 1 <-> 11, ..., 10 <-> 20
-LINGULA = {4, 5, 14, 15}
 
 
 @st.composite
-def lung_masks(draw, min_side=4, max_side=10):
+def lung_masks(draw):
     """Any two sets of voxels, the right one (label 1) where X is larger."""
-    shape = draw(array_shapes(min_dims=3, max_dims=3, min_side=min_side, max_side=max_side))
-    inside = draw(arrays(bool, shape))
+    inside = draw(arrays(bool, array_shapes(min_dims=3, max_dims=3, min_side=4, max_side=10)))
     inside[0, 0, 0] = inside[-1, -1, -1] = True
-    side = np.where(np.arange(shape[0]) >= shape[0] // 2, 1, 2).astype(np.uint8)
+    side = np.where(np.arange(len(inside)) >= len(inside) // 2, 1, 2).astype(np.uint8)
     return inside * side[:, None, None]
 
 
@@ -71,8 +49,7 @@ def patient():
     """A phantom in RAS+: lungs, lobes, labels, infection, hu, spacing_mm."""
     phantom = phantom_volume(5, (30, 96, 96), ggo_fraction=0.2, consolidation_fraction=0.08)
     found = {name: ras(getattr(phantom, name)) for name in ("lungs", "lobes", "labels", "hu")}
-    spacing_mm = tuple(float(mm) for mm in phantom.spacing_mm[::-1])
-    return found | {"infection": found["labels"] > 0, "spacing_mm": spacing_mm}
+    return {**found, "infection": found["labels"] > 0, "spacing_mm": tuple(map(float, phantom.spacing_mm[::-1]))}
 
 
 @pytest.fixture(scope="module")
@@ -96,17 +73,6 @@ def slice_levels(lungs):
     return levels
 
 
-def slice_sectors(lungs):
-    """The number 1..8 of the sector of every lung pixel of a picture, or of a volume taken as slices, 0 elsewhere."""
-    found = np.zeros(lungs.shape, np.uint8)
-    if lungs.any():
-        box, ids = severity(np.zeros_like(lungs), lungs).parts
-        inside = np.zeros((lungs if lungs.ndim == 3 else turn_picture(lungs)[..., None]).shape, np.uint8)
-        inside[box] = ids
-        found = inside if lungs.ndim == 3 else turn_picture(inside[..., 0])
-    return found
-
-
 def smooth_lungs(shape):
     """Two lung-like bodies on a grid of any size: ellipsoids with a hollow for the heart."""
     x, y, z = np.meshgrid(*((2 * np.arange(n) + 1) / n - 1 for n in shape), indexing="ij", sparse=True)
@@ -125,14 +91,14 @@ def test_golden_counts_and_scores():
     lungs[53:94], lungs[3:44] = 1, 2
     infection = np.zeros(lungs.shape, bool)
     infection[:, :20, :50] = True
-    n_vox, n_inf = count_regions(partition_regions(lungs), infection)
-    assert n_vox.tolist() == [45018, 25502, 31160, 19089, 18180, 22673, 19600, 19350, 18753, 33276,
-                              45018, 25502, 31160, 21443, 15826, 22673, 19600, 19350, 18753, 33276]
     result = severity(infection, lungs, allow_truncated=True)
-    expected = {6: 1, 7: 1, 9: 1, 10: 2, 16: 1, 17: 1, 19: 1, 20: 2}
-    for score_name in ("score", "score_strict"):
-        assert {r["id"]: r[score_name] for r in result.regions if r[score_name]} == expected
-    assert (result.ct_ss, result.ct_ss_strict, result.severe, n_vox.sum()) == (10, 10, False, 505202)
+    assert [region["n_vox"] for region in result.regions] == [
+        45018, 25502, 31160, 19089, 18180, 22673, 19600, 19350, 18753, 33276,
+        45018, 25502, 31160, 21443, 15826, 22673, 19600, 19350, 18753, 33276]
+    for name in ("score", "score_strict"):
+        assert {r["id"]: r[name] for r in result.regions if r[name]} == {6: 1, 7: 1, 9: 1, 10: 2,
+                                                                         16: 1, 17: 1, 19: 1, 20: 2}
+    assert (result.ct_ss, result.ct_ss_strict, result.severe) == (10, 10, False)
 
 
 @given(lung_masks())
@@ -148,8 +114,7 @@ def test_every_lung_voxel_has_one_region_of_its_side(lungs):
 def test_every_lobe_voxel_has_a_region_of_its_lobe(lungs, seed):
     """Property 1, with lobe masks: any lobes of the right side."""
     rng = np.random.default_rng(seed)
-    right, left = rng.integers(1, 4, lungs.shape), rng.integers(4, 6, lungs.shape)
-    lobes = np.choose(lungs, (0, right, left)).astype(np.uint8)
+    lobes = np.choose(lungs, (0, rng.integers(1, 4, lungs.shape), rng.integers(4, 6, lungs.shape))).astype(np.uint8)
     assert np.array_equal(LOBE_OF_REGION[partition_regions(lungs, lobes)], lobes)
 
 
@@ -158,16 +123,15 @@ def test_mirrored_lungs_have_mirrored_regions(lungs):
     """Property 2: all regions exactly; middle lobe and lingula, which are cut differently, as wholes."""
     ids, other = partition_regions(lungs), partition_regions(np.choose(lungs[::-1], (0, 2, 1)))[::-1]
     mirrored = np.array([0] + [MIRRORED[region] for region in range(1, 21)])[ids]
-    whole = np.isin(mirrored, list(LINGULA))
-    assert np.array_equal(np.where(whole, 0, mirrored), np.where(np.isin(other, list(LINGULA)), 0, other))
-    assert np.array_equal(mirrored[whole] > 10, other[whole] > 10)
+    merged = np.arange(21)
+    merged[[5, 15]] = 4, 14
+    assert np.array_equal(merged[mirrored], merged[other])
 
 
 def test_all_48_orientations_of_a_file_give_the_same_regions(patient):
     """Property 3: stored in any order and direction, brought to RAS+ by the affine, and brought back."""
     lungs, lobes = patient["lungs"], patient["lobes"]
     expected, by_lobes = partition_regions(lungs), partition_regions(lungs, lobes)
-    n_done = 0
     for axes, signs in product(permutations(range(3)), product((1, -1), repeat=3)):
         affine = np.eye(4)
         affine[:3, :3] = np.eye(3)[:, axes] * signs * (0.7, 0.9, 5.0)
@@ -177,8 +141,6 @@ def test_all_48_orientations_of_a_file_give_the_same_regions(patient):
         if signs == (1, -1, 1):
             again = partition_regions(grid.canonical(stored), grid.canonical(stored_lobes))
             assert np.array_equal(again, by_lobes)
-        n_done += 1
-    assert n_done == 48
 
 
 @settings(max_examples=8)
@@ -201,37 +163,31 @@ def test_a_slice_of_known_height_has_the_regions_of_its_volume(patient):
         assert np.array_equal(partition_regions(turn_picture(lungs[..., k]), z=z), turn_picture(ids[..., k]))
 
 
-@pytest.mark.parametrize(("steps", "limit"), [((2, 2, 2), 0.005), ((1, 1, 5), 0.02)])
-def test_resampling_hardly_moves_the_shares_of_the_regions(steps, limit):
+@pytest.mark.parametrize("step, limit", [((2, 2, 2), 0.005), ((1, 1, 5), 0.02)])
+def test_resampling_hardly_moves_the_shares_of_the_regions(step, limit):
     """Property 5."""
-    shape = (160, 120, 150)
-    coarse = tuple(n // step for n, step in zip(shape, steps))
-    shares = [count_regions(partition_regions(lungs), lungs > 0)[0] / np.count_nonzero(lungs)
-              for lungs in (smooth_lungs(shape), smooth_lungs(coarse))]
-    moved = np.abs(shares[0] - shares[1]).max()
-    assert 0 < moved < limit
+    fine, coarse = (smooth_lungs(shape) for shape in ((160, 120, 150), tuple(np.array((160, 120, 150)) // step)))
+    shares = [count_regions(partition_regions(lungs), lungs > 0)[0] / np.count_nonzero(lungs) for lungs in (fine, coarse)]
+    assert 0 < np.abs(shares[0] - shares[1]).max() < limit
 
 
 def test_planes_give_lobes_of_the_right_size():
     """On smooth lungs the five lobes come near those of supine CT (33/17/49 % right, 50/50 % left)."""
     lobes = LOBE_OF_REGION[partition_regions(smooth_lungs((120, 100, 120)))]
-    shares = np.bincount(lobes.ravel(), minlength=6)[1:].astype(float)
-    shares[:3] /= shares[:3].sum()
-    shares[3:] /= shares[3:].sum()
-    assert np.abs(shares - (0.334, 0.174, 0.494, 0.498, 0.500)).max() < 0.06
-    assert shares[0] + shares[1] == pytest.approx(shares[3])  # the oblique plane is the same on both sides
+    right, left = np.split(np.bincount(lobes.ravel())[1:].astype(float), [3])
+    right, left = right / right.sum(), left / left.sum()
+    assert np.abs([*right, *left] - np.array((0.334, 0.174, 0.494, 0.498, 0.500))).max() < 0.06
+    assert right[0] + right[1] == pytest.approx(left[0])  # the oblique plane is the same on both sides
 
 
 @given(lung_masks(), st.floats(0.02, 0.98))
 def test_ties_do_not_depend_on_rounding(lungs, z):
     """A border moved by much less than a voxel moves nothing."""
-    moved = replace(RegionGeometry(), apex=0.18 + 2e-16, superior=0.55 - 2e-16,
-                    oblique=(10.0, 7.0, 9.0 + 2e-15))
+    moved = replace(RegionGeometry(), apex=0.18 + 2e-16, superior=0.55 - 2e-16, oblique=(10.0, 7.0, 9.0 + 2e-15))
     assert np.array_equal(partition_regions(lungs), partition_regions(lungs, geometry=moved))
     plane = lungs[..., [0]]
     if plane.any():
-        assert np.array_equal(partition_regions(plane, z=z),
-                              partition_regions(plane, geometry=moved, z=(z, z)))
+        assert np.array_equal(partition_regions(plane, z=z), partition_regions(plane, geometry=moved, z=(z, z)))
 
 
 def test_the_middle_of_a_voxel_on_the_fissure_belongs_to_the_lower_lobe():
@@ -244,31 +200,6 @@ def test_the_middle_of_a_voxel_on_the_fissure_belongs_to_the_lower_lobe():
     assert set(ids[4:, 0, 4]) <= {7, 9, 10}  # z = 0.55 is not below 0.55: no longer superior
 
 
-@pytest.mark.parametrize("z", [0, 1, -0.2, np.nan, np.inf, [0.3, 0.4, 0.5], [0.4, 1.5]])
-def test_heights_that_cannot_be(patient, z):
-    with pytest.raises(ConfigError, match="height of the slice cannot be used"):
-        partition_regions(patient["lungs"][..., [14]], z=z)
-
-
-def test_a_volume_has_no_height(patient):
-    with pytest.raises(ConfigError, match="a height is for a single slice"):
-        severity(patient["infection"], patient["lungs"], z=0.5)
-
-
-def test_a_slice_needs_a_height_or_gets_sectors(patient):
-    picture = turn_picture(patient["lungs"][..., 15])
-    with pytest.raises(ConfigError, match="need its height in the lungs"):
-        partition_regions(picture)
-    sectors = slice_sectors(picture)
-    assert np.array_equal(np.unique(sectors), range(9))
-    middles = {name: np.argwhere(sectors == number).mean(0) for number, name in enumerate(SECTORS, 1)}
-    for side in ("right", "left"):
-        assert middles[f"{side} anterior medial"][0] < middles[f"{side} posterior medial"][0]
-    row = [middles[f"{name}"][1] for name in ("right anterior lateral", "right anterior medial",
-                                              "left anterior medial", "left anterior lateral")]
-    assert row == sorted(row)
-
-
 # scores -----------------------------------------------------------------------------------------------------
 
 
@@ -278,47 +209,35 @@ def test_more_infection_never_scores_less(case, seed):
     lungs, infection = case
     more = infection | (np.random.default_rng(seed).random(lungs.shape) < 0.2)
     a, b = (severity(mask, lungs, allow_truncated=True) for mask in (infection, more))
-    for small, large in zip(a.regions, b.regions):
-        if small["n_vox"]:
-            for name in ("fraction", "score", "score_strict"):
-                assert small[name] <= large[name]
-    for name in ("po", "po_right", "po_left", "partial", "partial_strict", "mosmed_class",
-                 "mosmed_class_both"):
+    for parts, names in (("regions", ("fraction", "score", "score_strict")), ("lobes", ("pan", "lss"))):
+        for small, large in zip(getattr(a, parts), getattr(b, parts)):
+            assert not small["n_vox"] or all(small[name] <= large[name] for name in names)
+    for name in ("po", "po_right", "po_left", "partial", "partial_strict", "mosmed_class", "mosmed_class_both"):
         assert getattr(a, name) <= getattr(b, name)
-    for small, large in zip(a.lobes, b.lobes):
-        if small["n_vox"]:
-            assert small["pan"] <= large["pan"] and small["lss"] <= large["lss"]
 
 
 def test_bounds_of_every_score(patient):
     """Property 7."""
     lungs, hu = patient["lungs"], patient["hu"]
-    names = ("ct_ss", "ct_ss_strict", "po", "pan25", "lss20", "tss20", "mosmed_class", "mosmed_class_both",
-             "severe")
     healthy, full = (severity(mask, lungs, hu=hu) for mask in (lungs * 0, np.ones(lungs.shape)))
-    assert [getattr(healthy, name) for name in names] == [0, 0, 0.0, 0, 0, 0, 0, 0, False]
-    assert [getattr(full, name) for name in names] == [40, 40, 1.0, 25, 20, 20, 4, 4, True]
-    assert (healthy.pho, healthy.lhos20, healthy.bilateral, full.bilateral) == (0.0, 0, False, True)
-    assert all(region["fraction"] == 1.0 for region in full.regions)
+    for name, most in {"ct_ss": 40, "ct_ss_strict": 40, "po": 1.0, "pan25": 25, "lss20": 20, "tss20": 20,
+                       "mosmed_class": 4, "mosmed_class_both": 4, "severe": True, "bilateral": True}.items():
+        assert (getattr(healthy, name), getattr(full, name)) == (0, most)
     dense = severity(lungs > 0, lungs, hu=np.where(lungs > 0, -200, -1000))
     assert (dense.pho, dense.lhos20, dense.ggo_share, dense.consolidation_share) == (1.0, 20, 0.0, 1.0)
-
-
-@pytest.mark.parametrize(("n_inf", "score", "strict"), [
-    (0, 0, 0), (1, 0, 1), (9, 0, 1), (10, 1, 1), (499, 1, 1), (500, 2, 2), (1000, 2, 2)])
-def test_scores_at_their_edges(n_inf, score, strict):
-    """Property 8: exactly 1 % of 1000 voxels is 1, exactly half is 2, one voxel less is not."""
-    fraction, = fractions([n_inf], [1000])
-    assert (extent_score(fraction, 0.01), extent_score(fraction)) == (score, strict)
+    assert (healthy.pho, healthy.lhos20) == (0.0, 0)
 
 
 @given(st.integers(1, 10**7), st.sampled_from((0.001, 0.005, 0.01, 0.02, 0.05)))
 def test_the_floor_is_exact_for_any_size(n_vox, floor):
-    """Property 8, against whole numbers: f >= p/1000 is 1000 n >= p N."""
+    """Property 8, against whole numbers: f >= p/1000 is 1000 n >= p N, and one half is 2; without a floor one voxel
+    is 1."""
     per_mille = round(1000 * floor)
-    for n_inf in {0, n_vox * per_mille // 1000, -(-n_vox * per_mille // 1000)}:
-        expected = 0 if not n_inf or 1000 * n_inf < per_mille * n_vox else 1 if 2 * n_inf < n_vox else 2
-        assert extent_score(n_inf / n_vox, floor) == expected
+    for n_inf in {0, 1, n_vox * per_mille // 1000, -(-n_vox * per_mille // 1000), n_vox // 2, -(-n_vox // 2)}:
+        strict = 0 if not n_inf else 1 if 2 * n_inf < n_vox else 2
+        fraction, = fractions([n_inf], [n_vox])
+        assert extent_score(fraction) == strict
+        assert extent_score(fraction, floor) == (strict if 1000 * n_inf >= per_mille * n_vox else 0)
 
 
 def test_pan_tss_and_mosmed_at_their_edges():
@@ -354,12 +273,10 @@ def test_bounds_hold_whatever_the_unobserved_regions_are(scores):
 
 
 def test_one_voxel_in_each_region_is_severe_only_when_taken_literally(patient):
-    lungs = patient["lungs"]
-    ids = partition_regions(lungs)
-    first = np.unique(ids, return_index=True)[1][1:]
-    infection = np.zeros(lungs.shape, bool)
-    infection[np.unravel_index(first, lungs.shape)] = True
-    result = severity(infection, lungs)
+    first = np.unique(partition_regions(patient["lungs"]), return_index=True)[1][1:]
+    infection = np.zeros(patient["lungs"].shape, bool)
+    infection.flat[first] = True
+    result = severity(infection, patient["lungs"])
     assert (result.ct_ss_strict, result.severe_strict, result.ct_ss, result.severe) == (20, True, 0, False)
     assert (result.n_regions_involved, result.n_lobes_involved, result.bilateral) == (0, 0, False)
 
@@ -367,21 +284,17 @@ def test_one_voxel_in_each_region_is_severe_only_when_taken_literally(patient):
 # purity -----------------------------------------------------------------------------------------------------
 
 
-def digest(*arrays):
-    return [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays]
-
-
 def test_inputs_stay_as_they_were(patient):
     """Property 10."""
     arrays_in = [patient[name].copy() for name in ("infection", "lungs", "hu", "labels", "lobes")]
     arrays_in[1][0, 0, 0], arrays_in[4][50, 50, 12] = 2, 0  # a fragment to drop, and perhaps a gap to fill
-    before = digest(*arrays_in)
+    before = [array.copy() for array in arrays_in]
     for array in arrays_in:
         array.setflags(write=False)
     infection, lungs, hu, labels, lobes = arrays_in
     severity(infection, lungs, hu=hu, labels=labels, lobes=lobes, spacing_mm=patient["spacing_mm"])
     severity(infection[::-1], lungs[::-1], situs_inversus=True)
-    assert digest(*arrays_in) == before
+    assert all(np.array_equal(array, copy) for array, copy in zip(arrays_in, before))
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int16, np.float32, np.float64])
@@ -396,20 +309,19 @@ def test_types_and_memory_layout_do_not_matter(patient, result, dtype, order):
     assert score(patient, infection=wide) == result
 
 
-def test_infection_outside_the_lungs_changes_one_number(patient, result):
+@pytest.mark.parametrize("n, warned", [(0.2, False), (1.0, True)])
+def test_infection_outside_the_lungs_changes_one_number(patient, result, n, warned):
     """Property 11, and row 25: above 20 % there is a warning with the value."""
-    lungs, infection = patient["lungs"], patient["infection"].copy()
-    outside = np.argwhere(lungs == 0)
-    n_inside = np.count_nonzero(infection & (lungs > 0))
-    for n, warned in ((n_inside // 5, False), (n_inside, True)):
-        noisy = infection.copy()
-        noisy[tuple(outside[:n].T)] = True
-        other = score(patient, infection=noisy)
-        assert other.outside_fraction == 1 - n_inside / (n_inside + n)
-        before, after = result.to_dict(), other.to_dict()
-        changed = {name for name in before if after[name] != before[name]}
-        assert changed == {"outside_fraction"} | ({"warnings"} if warned else set())
-        assert ("infection_outside_lung: 50.0%" in " ".join(other.warnings)) == warned
+    infection = patient["infection"].copy()
+    n_inside = np.count_nonzero(infection & (patient["lungs"] > 0))
+    n_outside = int(n * n_inside)
+    infection[tuple(np.argwhere(patient["lungs"] == 0)[:n_outside].T)] = True
+    other = score(patient, infection=infection)
+    assert other.outside_fraction == 1 - n_inside / (n_inside + n_outside)
+    before, after = result.to_dict(), other.to_dict()
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"outside_fraction"} | ({"warnings"} if warned else set())
+    assert ("infection_outside_lung: 50.0%" in " ".join(other.warnings)) == warned
 
 
 # measures ---------------------------------------------------------------------------------------------------
@@ -437,12 +349,10 @@ def test_measures_against_their_definitions(patient, result):
 
 def test_lhos_uses_the_steps_of_lss_on_dense_lesions(patient):
     lungs, lobes = patient["lungs"], patient["lobes"]
-    infection = lungs > 0
     hu = np.where(lobes == 3, -100, np.where(lobes == 5, -199.5, -700.0))
     hu[..., ::2] = np.where(lobes[..., ::2] == 5, -700, hu[..., ::2])  # about half of the left lower lobe
-    result = severity(infection, lungs, lobes=lobes, hu=hu)
-    left_lower = np.mean(hu[lobes == 5] >= -200)
-    assert result.lhos20 == 4 + lobe_score(float(left_lower)) and result.lss20 == 20
+    result = severity(lungs > 0, lungs, lobes=lobes, hu=hu)
+    assert result.lhos20 == 4 + lobe_score(float(np.mean(hu[lobes == 5] >= -200))) and result.lss20 == 20
 
 
 def test_unknown_hu_are_left_out_and_counted(patient):
@@ -456,50 +366,32 @@ def test_unknown_hu_are_left_out_and_counted(patient):
     assert result.pho == np.count_nonzero(hu[lesion & known] >= -200) / np.count_nonzero(known & (lungs > 0))
     only = severity(infection, lungs, hu=np.where(lesion, np.nan, hu))
     assert only.mean_hu is None and only.not_computed["mean_hu"] == "no lesion voxel has a known value"
-    nothing = density_measures(np.array([]))
-    assert set(nothing.values()) == {None}
 
 
 def test_a_windowed_picture_has_hu_and_a_grey_one_has_none(patient):
-    k = 15
-    picture = {name: turn_picture(patient[name][..., k]) for name in ("infection", "lungs", "hu")}
-    level, width = -650.0, 700.0
-    grey = np.rint(255 * np.clip((picture["hu"] - level + width / 2) / width, 0, 1)).astype(np.float32)
-    facts = ("slice", "HU", "p", "0" * 64)
-    scan = Scan(grey * (width / 255) + (level - width / 2), *facts, window=(level, width),
+    hu, infection, lungs = (turn_picture(patient[name][..., 15]) for name in ("hu", "infection", "lungs"))
+    scan = Scan(np.clip(hu, -1000, -300).astype(np.float32), "slice", "HU", "p", "0" * 64, window=(-650.0, 700.0),
                 warnings=["read_me: twice"])
-    known = (grey > 0) & (grey < 255)
-    result = score_scan(scan, picture["infection"], picture["lungs"])
-    assert result.n_hu_excluded == np.count_nonzero(~known & (picture["lungs"] > 0)) > 0
-    lesion = known & picture["infection"] & (picture["lungs"] > 0)
-    assert result.mean_hu == pytest.approx(scan.hu[lesion].mean())
-    assert (result.warnings[0], result.input["window"], result.method) == \
-        ("read_me: twice", [level, width], "slice-quadrant")
-    plain = score_scan(replace(scan, hu=grey, unit="grey", window=None), picture["infection"],
-                       picture["lungs"])
+    known = (hu > -1000) & (hu < -300)
+    result = score_scan(scan, infection, lungs)
+    assert result.n_hu_excluded == np.count_nonzero(~known & (lungs > 0)) > 0
+    assert result.mean_hu == pytest.approx(scan.hu[known & infection & (lungs > 0)].mean())
+    assert (result.warnings[0], result.input["window"], result.method) == (
+        "read_me: twice", [-650.0, 700.0], "slice-quadrant")
+    plain = score_scan(replace(scan, unit="grey", window=None), infection, lungs)
     for name in ("pho", "mean_hu", "ggo_share", "lesion_mass_g", "n_hu_excluded", "ggo_source"):
         assert getattr(plain, name) is None and plain.not_computed[name] == "no HU calibration"
 
 
-def test_lesions_are_counted_with_corners_and_above_a_size():
-    lesion = np.zeros((12, 12, 12), bool)
-    assert lesion_components(lesion, 1.0) == (0, 0.0)
-    lesion[1:3, 1:3, 1:3] = lesion[3, 3, 3] = lesion[8, 8, 8] = True
-    assert lesion_components(lesion, 0.1) == (2, pytest.approx(0.9))
-    assert lesion_components(lesion, 0.05) == (1, pytest.approx(0.45))
-    assert lesion_components(lesion, 0.001) == (0, pytest.approx(0.009))
-
-
 def test_the_peripheral_zone_is_a_rim():
-    disc = (np.hypot(*np.ogrid[-60:61, -60:61]) <= 60).astype(np.uint8)
     radius = np.hypot(*np.ogrid[-60:61, -60:61])
+    disc = (radius <= 60).astype(np.uint8)
     zone = peripheral_zone(disc)
     assert zone.shape == disc.shape and not zone[radius < 39].any() and zone[(radius > 42) & (disc > 0)].all()
     stretched = peripheral_zone(disc, (2.0, 0.5))  # rows close together: the nearest way out is up or down
     assert stretched[6, 60] and not stretched[60, 50] and stretched[60, 1]
     lungs = np.stack([disc, disc, 0 * disc], axis=-1)
-    assert np.array_equal(peripheral_zone(lungs, (1, 1))[..., 1], zone)
-    assert not peripheral_zone(lungs)[..., 2].any()
+    assert np.array_equal(peripheral_zone(lungs, (1, 1))[..., 1], zone) and not peripheral_zone(lungs)[..., 2].any()
 
 
 def test_rim_and_core_lesions_have_peripheral_shares_1_and_0(patient):
@@ -513,28 +405,22 @@ def test_rim_and_core_lesions_have_peripheral_shares_1_and_0(patient):
 # what may be reported ---------------------------------------------------------------------------------------
 
 
-def modes(patient):
+@pytest.fixture(scope="module")
+def results(patient):
     """One result for each kind of input."""
     lungs, infection, levels = patient["lungs"], patient["infection"], slice_levels(patient["lungs"])
     part, one = np.s_[..., 10:18], np.s_[..., [15]]
-    yield "geometric", score(patient)
-    yield "lobes", score(patient, lobes=patient["lobes"])
-    yield "no extras", severity(infection, lungs)
-    yield "stack", severity(infection, lungs, approximate_z=True)
-    yield "labels only", severity(None, lungs, labels=patient["labels"])
-    yield "no lesion", score(patient, infection=0 * lungs, labels=None)
-    yield "right lung", severity(infection, np.where(lungs == 1, lungs, 0))
-    yield "left lung", severity(infection, np.where(lungs == 2, lungs, 0), hu=patient["hu"])
-    yield "cut off", severity(infection[part], lungs[part], spacing_mm=(1, 1, 5))
-    yield "slice", severity(infection[one], lungs[one], z=levels[:, 15], hu=patient["hu"][one])
-    yield "slice-quadrant", severity(infection[one], lungs[one], spacing_mm=(1, 1, 5))
-    yield "picture", severity(turn_picture(infection[..., 15]), turn_picture(lungs[..., 15]),
-                              spacing_mm=(1, 2))
-
-
-@pytest.fixture(scope="module")
-def results(patient):
-    return dict(modes(patient))
+    pictures = [turn_picture(array[..., 15]) for array in (infection, lungs)]
+    return {"geometric": score(patient), "lobes": score(patient, lobes=patient["lobes"]),
+            "no extras": severity(infection, lungs), "stack": severity(infection, lungs, approximate_z=True),
+            "labels only": severity(None, lungs, labels=patient["labels"]),
+            "no lesion": score(patient, infection=0 * lungs, labels=None),
+            "right lung": severity(infection, np.where(lungs == 1, lungs, 0)),
+            "left lung": severity(infection, np.where(lungs == 2, lungs, 0), hu=patient["hu"]),
+            "cut off": severity(infection[part], lungs[part], spacing_mm=(1, 1, 5)),
+            "slice": severity(infection[one], lungs[one], z=levels[:, 15], hu=patient["hu"][one]),
+            "slice-quadrant": severity(infection[one], lungs[one], spacing_mm=(1, 1, 5)),
+            "picture": severity(*pictures, spacing_mm=(1, 2))}
 
 
 def test_every_none_has_a_reason(results):
@@ -544,12 +430,12 @@ def test_every_none_has_a_reason(results):
 
 
 def test_a_ct_ss_is_given_only_where_20_regions_are_seen(results):
-    given = {name for name, result in results.items() if result.ct_ss is not None}
-    assert given == {"geometric", "lobes", "no extras", "stack", "labels only", "no lesion"}
+    whole = {"geometric", "lobes", "no extras", "stack", "labels only", "no lesion"}
+    assert {name for name, result in results.items() if result.ct_ss is not None} == whole
     for name in ("geometric", "lobes"):
         assert results[name].bounds == (results[name].ct_ss,) * 2
-    assert [results[name].method for name in ("slice", "picture", "cut off", "stack")] == \
-        ["slice", "slice-quadrant", "geometric", "geometric"]
+    assert [results[name].method for name in ("slice", "picture", "cut off", "stack")] == [
+        "slice", "slice-quadrant", "geometric", "geometric"]
     assert results["stack"].approximate_z
     assert results["stack"].not_computed["lesion_ml"] == "the spacing of the voxels is not known"
 
@@ -575,38 +461,32 @@ def test_a_slice_of_unknown_height_gets_sectors(results):
 
 
 def test_lungs_that_are_cut_off_are_scored_only_on_demand(patient, results):
-    result = results["cut off"]
-    assert any(text.startswith("fov_truncated") for text in result.warnings)
+    result, part = results["cut off"], np.s_[..., 10:18]
     assert (result.ct_ss, result.bounds, result.severe, result.pan25) == (None,) * 4
     assert result.partial is not None and "cut off" in result.not_computed["ct_ss"]
-    part = np.s_[..., 10:18]
     allowed = severity(patient["infection"][part], patient["lungs"][part], allow_truncated=True)
     assert (allowed.partial, allowed.regions) == (result.partial, result.regions)
-    if allowed.n_observed == 20:
-        assert allowed.ct_ss == allowed.partial
-    assert any(text.startswith("fov_truncated") for text in allowed.warnings)
+    assert allowed.ct_ss == (allowed.partial if allowed.n_observed == 20 else None)
+    for each in (result, allowed):
+        assert any(text.startswith("fov_truncated") for text in each.warnings)
 
 
 def test_results_are_plain_and_survive_json(results, tmp_path):
-    def check(value):
-        assert value is None or type(value) in (bool, int, float, str, list, dict, tuple), type(value)
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value,
-                                                                                   (list, tuple)) else ()
-        for part in parts:
-            check(part)
+    def is_plain(value):
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        return type(value) in (type(None), bool, int, float, str, list, dict, tuple) and all(map(is_plain, parts))
 
-    for name, result in results.items():
+    for result in results.values():
         plain = result.to_dict()
-        check(plain)
+        assert is_plain(plain)
         assert json.loads(json.dumps(plain, allow_nan=False))["schema"] == "covidsev.severity/1"
         write_json(tmp_path / "result.json", plain)
-        assert read_json(tmp_path / "result.json")["regions"] == plain["regions"], name
-    asked = ("case_id method geometry ct_ss ct_ss_strict min_fraction severe threshold regions unobserved po "
-             "po_left po_right lobes lesion_ml lung_ml pho mean_hu pan25 lss20 tss20 mosmed_class bilateral "
-             "warnings input software model").split()
-    assert set(asked) <= set(plain)
-    assert {"id", "name", "lobe", "n_vox", "n_inf", "fraction", "score",
-            "score_strict"} == set(plain["regions"][0])
+        assert read_json(tmp_path / "result.json")["regions"] == plain["regions"]
+    asked = ("case_id method geometry ct_ss ct_ss_strict min_fraction severe threshold regions unobserved po po_left "
+             "po_right lobes lesion_ml lung_ml pho mean_hu pan25 lss20 tss20 mosmed_class bilateral warnings input "
+             "software model")
+    assert set(asked.split()) <= set(plain)
+    assert set("id name lobe n_vox n_inf fraction score score_strict".split()) == set(plain["regions"][0])
 
 
 def test_a_row_holds_single_values_only(results):
@@ -622,9 +502,6 @@ def test_min_fraction_is_checked_and_recorded(patient):
     lungs, infection = patient["lungs"], patient["infection"]
     assert severity(infection, lungs, min_fraction=0).ct_ss == severity(infection, lungs).ct_ss_strict
     assert severity(infection, lungs, min_fraction=0.05).to_dict()["min_fraction"] == 0.05
-    for bad in (-0.01, 0.5, np.nan):
-        with pytest.raises(ConfigError, match="min_fraction cannot be used"):
-            severity(infection, lungs, min_fraction=bad)
 
 
 # bad input --------------------------------------------------------------------------------------------------
@@ -633,17 +510,9 @@ def test_min_fraction_is_checked_and_recorded(patient):
 def test_an_empty_infection_is_valid(results):
     """Row 23."""
     result = results["no lesion"]
-    assert (result.ct_ss, result.po, result.pho, result.lesion_ml, result.lesion_count) == (0, 0.0, 0.0, 0.0,
-                                                                                            0)
+    assert [getattr(result, name) for name in "ct_ss po pho lesion_ml lesion_count".split()] == [0] * 5
     for name in ("mean_hu", "ggo_share", "laterality", "peripheral_share", "outside_fraction"):
         assert result.not_computed[name] == "there is no lesion in the lungs"
-
-
-def test_no_lung_is_an_error_and_never_a_zero(patient):
-    """Row 24."""
-    for empty in (np.zeros((8, 8, 8), np.uint8), np.zeros((64, 64))):
-        with pytest.raises(LungSegmentationError, match="no lung"):
-            severity(np.zeros(empty.shape), empty)
 
 
 def test_one_lung_is_scored_and_the_other_is_unknown(results):
@@ -657,42 +526,45 @@ def test_one_lung_is_scored_and_the_other_is_unknown(results):
         assert all(region["score"] is None for region in result.regions if region["lobe"].startswith(other))
 
 
-def test_a_binary_lung_mask_is_refused(patient):
-    lungs, infection = patient["lungs"], patient["infection"]
-    with pytest.raises(MaskError, match="does not say which lung is which(.|\n)*split_lungs"):
-        severity(infection, lungs > 0)
-    with pytest.raises(MaskError, match="both lungs have one label(.|\n)*only label 1"):
-        severity(infection, (lungs > 0).astype(np.uint8))
+ALONE = {"hu": None, "labels": None, "spacing_mm": None}
 
 
-def test_values_that_no_mask_should_hold(patient):
-    lungs, infection = patient["lungs"], patient["infection"]
-    odd = lungs.copy()
-    odd[0, 0, :2] = 3
-    with pytest.raises(MaskError, match=r"lung mask holds unexpected values(.|\n)*3 \(2\)(.|\n)*2 left lung"):
-        severity(infection, odd)
-    with pytest.raises(MaskError, match="a mask must hold 0 and 1 only"):
-        severity(infection * 255, lungs)
-    for wrong in (257, -255, 0.5, np.nan):  # what a cast to 8 bits would hide
-        with pytest.raises(MaskError, match="lung mask holds unexpected values"):
-            severity(infection, np.where(lungs == 1, wrong, lungs.astype(float)))
-    with pytest.raises(MaskError, match="lesion mask holds unexpected values"):
-        severity(infection, lungs, labels=patient["labels"] * 2)
-
-
-def test_shapes_and_spacing_that_do_not_fit(patient):
-    lungs, infection = patient["lungs"], patient["infection"]
-    for name, array in (("infection", infection[1:]), ("hu", patient["hu"][..., 1:]),
-                        ("lobes", lungs[:, 1:])):
-        with pytest.raises(GeometryError, match=rf"{name} and lungs must have one shape(.|\n)*never resized"):
-            score(patient, **{name: array})
-    for bad in ((1, 1), (1, 1, 0), (1, 1, -2), (1, np.nan, 1), (1, 1, 1, 1)):
-        with pytest.raises(GeometryError, match="spacing does not fit"):
-            severity(infection, lungs, spacing_mm=bad)
-    with pytest.raises(GeometryError, match="a volume or a picture"):
-        severity(infection[None], lungs[None])
-    with pytest.raises(ConfigError, match="needs an infection mask"):
-        severity(None, lungs)
+@pytest.mark.parametrize("error, words, change", [
+    (LungSegmentationError, "no lung", lambda p: {"lungs": 0 * p["lungs"]}),
+    (LungSegmentationError, "no lung", lambda p: {**ALONE, "infection": np.zeros((64, 64)), "lungs": np.zeros((64, 64))}),
+    (MaskError, "does not say which lung is which(.|\n)*split_lungs", lambda p: {"lungs": p["lungs"] > 0}),
+    (MaskError, "both lungs have one label(.|\n)*only label 1", lambda p: {"lungs": np.uint8(p["lungs"] > 0)}),
+    (MaskError, r"lung mask holds unexpected values(.|\n)*3 \(\d+\)(.|\n)*2 left lung",
+     lambda p: {"lungs": np.where(p["lungs"] == 2, 3, p["lungs"])}),
+    *((MaskError, "lung mask holds unexpected values",  # what a cast to 8 bits would hide
+       lambda p, wrong=wrong: {"lungs": np.where(p["lungs"] == 1, wrong, p["lungs"].astype(float))})
+      for wrong in (257, -255, 0.5, np.nan)),
+    (MaskError, "a mask must hold 0 and 1 only", lambda p: {"infection": p["infection"] * 255}),
+    (MaskError, "lesion mask holds unexpected values", lambda p: {"labels": p["labels"] * 2}),
+    (ConfigError, "needs an infection mask", lambda p: {"infection": None, "labels": None}),
+    *((GeometryError, rf"{name} and lungs must have one shape(.|\n)*never resized",
+       lambda p, name=name, of=of: {name: p[of][1:]})
+      for name, of in (("infection", "infection"), ("hu", "hu"), ("lobes", "lungs"))),
+    *((GeometryError, "spacing does not fit", lambda p, bad=bad: {"spacing_mm": bad})
+      for bad in ((1, 1), (1, 1, 0), (1, 1, -2), (1, np.nan, 1), (1, 1, 1, 1))),
+    (GeometryError, "a volume or a picture", lambda p: {**ALONE, "infection": p["infection"][None], "lungs": p["lungs"][None]}),
+    (ConfigError, "a lobe mask needs the whole volume", lambda p: {name: p[name][..., [15]] for name in (
+        "infection", "lungs", "labels", "hu", "lobes")}),
+    (MaskError, r"unexpected values(.|\n)*14 \(.*(.|\n)*5 left lower",
+     lambda p: {"lobes": np.where(p["lobes"] == 5, 14, p["lobes"])}),
+    (GeometryError, "right lobes lie in the left lung",
+     lambda p: {"lobes": np.array([0, 4, 4, 5, 1, 3], np.uint8)[p["lobes"]]}),
+    (GeometryError, "right lung lies on patient's left(.|\n)*pass --situs-inversus if real",
+     lambda p: {"lungs": np.choose(p["lungs"], (0, 2, 1))}),
+    (GeometryError, "right lung lies on patient's left", lambda p: {"situs_inversus": True}),
+    *((ConfigError, "min_fraction cannot be used", lambda p, bad=bad: {"min_fraction": bad})
+      for bad in (-0.01, 0.5, np.nan)),
+    (IntensityError, "not Hounsfield units(.|\n)*0 to 255", lambda p: {"hu": np.where(p["lungs"] > 0, 0, 255)}),
+    (IntensityError, "not Hounsfield units(.|\n)*inf", lambda p: {"hu": np.where(p["infection"], np.inf, p["hu"])})])
+def test_bad_input_is_refused(patient, error, words, change):
+    """Rows 24 and 28 among them."""
+    with pytest.raises(error, match=words):
+        score(patient, **change(patient))
 
 
 def test_a_lobe_mask_with_gaps_is_filled_from_the_same_lung(patient):
@@ -710,39 +582,20 @@ def test_a_lobe_mask_with_gaps_is_filled_from_the_same_lung(patient):
         result = severity(infection, lungs, lobes=holes)
         assert result.lobe_fill_fraction == n
         assert (f"lobe_fill: {n:.1%}" in " ".join(result.warnings)) == warned
+    holes = lobes.copy()
+    holes[tuple(np.argwhere(lungs)[:round(0.3 * np.count_nonzero(lungs))].T)] = 0
     with pytest.raises(MaskError, match="does not cover the lungs(.|\n)*30.0% of the lung(.|\n)*at most 20%"):
-        n_less = round(0.3 * np.count_nonzero(lungs))
-        holes = lobes.copy()
-        holes[tuple(np.argwhere(lungs)[:n_less].T)] = 0
         severity(infection, lungs, lobes=holes)
-    with pytest.raises(MaskError, match=r"unexpected values(.|\n)*14 \(.*(.|\n)*5 left lower"):
-        severity(infection, lungs, lobes=np.where(lobes == 5, 14, lobes))
     small = np.where((lungs == 1) | (np.cumsum(lungs == 2).reshape(lungs.shape) < 99), lungs, 0)
     with pytest.raises(MaskError, match="leaves one lung out"):
         fill_lobes(np.where(small == 2, 0, lobes), small)
 
 
-def test_lobes_need_the_whole_volume(patient):
-    part = np.s_[..., [15]]
-    with pytest.raises(ConfigError, match="a lobe mask needs the whole volume"):
-        severity(patient["infection"][part], patient["lungs"][part], lobes=patient["lobes"][part])
-
-
 def test_swapped_sides_are_an_error_unless_the_situs_is_inverted(patient, result):
-    """Row 28."""
-    lungs, infection = patient["lungs"], patient["infection"]
-    message = "right lung lies on patient's left(.|\n)*pass --situs-inversus if real"
-    with pytest.raises(GeometryError, match=message):
-        severity(infection, np.choose(lungs, (0, 2, 1)))
     flipped = {name: patient[name][::-1] for name in ("infection", "lungs", "hu", "labels")}
-    with pytest.raises(GeometryError, match=message):
+    with pytest.raises(GeometryError, match="right lung lies on patient's left"):
         score(patient, **flipped)
     assert score(patient, **flipped, situs_inversus=True) == result
-    with pytest.raises(GeometryError, match=message):
-        score(patient, situs_inversus=True)
-    with pytest.raises(GeometryError, match="right lobes lie in the left lung"):
-        swapped = np.array([0, 4, 4, 5, 1, 3], np.uint8)[patient["lobes"]]
-        severity(infection, lungs, lobes=swapped)
 
 
 def test_an_upside_down_volume_is_suspected(patient, results):
@@ -759,24 +612,13 @@ def test_fragments_cannot_stretch_the_grid(patient):
     lungs, infection = patient["lungs"], patient["infection"]
     crumbs = lungs.copy()
     crumbs[2, 2, -1], crumbs[-3, 2, -1] = 2, 1
-    kept, share = drop_fragments(crumbs)
-    assert np.array_equal(kept, lungs) and share == pytest.approx(2 / (2 + np.count_nonzero(lungs)))
     plain, other = severity(infection, lungs), severity(infection, crumbs)
-    assert other.regions == plain.regions and other.dropped_fraction == pytest.approx(share)
+    assert other.regions == plain.regions
+    assert other.dropped_fraction == pytest.approx(2 / (2 + np.count_nonzero(lungs)))
     dust = np.zeros((40, 30, 20), np.uint8)
     dust[::2, ::2, ::2] = np.where(np.arange(40) < 20, 2, 1)[::2, None, None]  # 3000 pieces, none of them 1 %
-    kept, _ = drop_fragments(dust)
-    assert kept.any()
-    picture, _ = drop_fragments(crumbs[..., -1] + turn_picture(turn_picture(lungs[..., 15])))
-    assert picture.shape == lungs.shape[:2]
-
-
-def test_hu_that_are_not(patient):
-    lungs, infection, hu = patient["lungs"], patient["infection"], patient["hu"].astype(np.float32)
-    with pytest.raises(IntensityError, match="not Hounsfield units(.|\n)*0 to 255"):
-        severity(infection, lungs, hu=np.where(lungs > 0, 0, 255))
-    with pytest.raises(IntensityError, match="not Hounsfield units(.|\n)*inf"):
-        severity(infection, lungs, hu=np.where(infection, np.inf, hu))
+    assert drop_fragments(dust)[0].any()
+    assert drop_fragments(turn_picture(lungs[..., 15]))[0].shape == lungs.shape[1::-1]
 
 
 def test_labels_and_infection_that_disagree_are_noticed(patient):
@@ -789,22 +631,12 @@ def test_labels_and_infection_that_disagree_are_noticed(patient):
     assert result.ggo_share == np.count_nonzero((labels == 1) & less) / np.count_nonzero((labels > 0) & less)
 
 
-def test_region_names():
-    assert len(REGIONS) == 20 and len({region.name for region in REGIONS}) == 20
-    assert [sum(region.lobe == lobe for region in REGIONS) for lobe in LOBES] == [3, 2, 5, 5, 5]
-    assert all(region.name[0].lower() == LOBES[region.lobe][0] for region in REGIONS)
-
-
 def test_memory_stays_within_a_few_bytes_a_voxel():
-    """512 x 512 x 300 voxels have to fit into 2 GiB with their inputs: at most 12 bytes a voxel beside
-    them."""
+    """512 x 512 x 300 voxels have to fit into 2 GiB with their inputs: at most 12 bytes a voxel beside them."""
     lungs = smooth_lungs((128, 128, 96))
-    infection = (lungs > 0) & (np.arange(96) < 40)
-    hu = np.where(lungs > 0, np.int16(-800), np.int16(40))
+    infection, hu = (lungs > 0) & (np.arange(96) < 40), np.where(lungs > 0, np.int16(-800), np.int16(40))
     tracemalloc.start()
-    try:
-        severity(infection, lungs, hu=hu, spacing_mm=(1, 1, 1))
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    severity(infection, lungs, hu=hu, spacing_mm=(1, 1, 1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert peak < 12 * lungs.size, f"{peak / lungs.size:.1f} bytes a voxel"
