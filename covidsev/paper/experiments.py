@@ -155,10 +155,11 @@ def _with_model(name: str, table: dict, profiles: dict, file: Path) -> dict:
         return table
     check_choice(f"like in [profiles.{name}]", table["like"], [each for each in profiles
                                                                if each != name])
-    model = profiles[table["like"]]
-    return {**{key: {**model.get(key, {}), **table.get(key, {})} for key in ("parameters",
-                                                                             "expects")},
-            **{key: value for key, value in table.items() if key not in ("parameters", "expects")}}
+    merged = {}
+    for key in ("parameters", "expects"):
+        theirs, own = profiles[table["like"]].get(key, {}), table.get(key, {})
+        merged[key] = {each: theirs.get(each, {}) | own.get(each, {}) for each in {**theirs, **own}}
+    return {**table, **merged}
 
 
 def _profile(name: str, table: dict, file: Path) -> Profile:
