@@ -2,11 +2,14 @@
 import gzip
 import json
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import nibabel
+import numpy as np
+import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 
@@ -51,6 +54,45 @@ def write_nifti(path: Path, array: Any, affine: Any, **fields: Any) -> Path:
         data = raw.binaryblock + data[348:]
         path.write_bytes(gzip.compress(data) if packed else data)
     return path
+
+
+PLANTED = ("PLANTEDNAME", "PLANTEDID", "19010101", "PLANTEDHOSPITAL", "PLANTEDDOCTOR", "PLANTEDTEXT")
+
+
+def dicom_file(path: Path, k: int, array: Any, **changes: Any) -> None:
+    """Slice k of a CT, in HU through slope and intercept, with a planted patient; None drops a tag, and a function
+    gives its value for slice k."""
+    pytest.importorskip("pydicom")
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    file = Dataset()
+    file.file_meta = FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = changes.pop("syntax", ExplicitVRLittleEndian)
+    file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID = CTImageStorage
+    file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = generate_uid(entropy_srcs=[str(path)])
+    file.PatientName, file.PatientID, file.PatientBirthDate = "PLANTEDNAME^A", "PLANTEDID", "19010101"
+    file.InstitutionName, file.ReferringPhysicianName, file.StudyDescription = PLANTED[3:]
+    file.Modality, file.SeriesInstanceUID, file.ImageType = "CT", "1.2.3.4", ["ORIGINAL", "PRIMARY", "AXIAL"]
+    file.ImagePositionPatient, file.ImageOrientationPatient = [-15, -14, -30 + 5 * k], [1, 0, 0, 0, 1, 0]
+    file.PixelSpacing, file.SliceThickness, file.Rows, file.Columns = [0.8, 0.8], 5, *array.shape
+    file.RescaleSlope, file.RescaleIntercept, file.SamplesPerPixel, file.InstanceNumber = 2, -2000, 1, 99 - k
+    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 16, 15, 0
+    file.PhotometricInterpretation, file.PixelData = "MONOCHROME2", ((array + 2000) // 2).astype(np.uint16).tobytes()
+    for name, value in changes.items():
+        setattr(file, name, value(k) if callable(value) else value)
+        if value is None:
+            delattr(file, name)
+    file.save_as(path, enforce_file_format=True)
+
+
+def dicom_series(folder: Path, volume: Any, slices: Iterable[int], prefix: str = PLANTED[0], **changes: Any) -> Path:
+    """A series in a folder, in an order of names that is not that of the slices; the first columns of `volume` are the
+    first columns of each slice."""
+    folder.mkdir(exist_ok=True, parents=True)
+    for k in slices:
+        dicom_file(folder / f"{prefix}_{(5 * k) % 12:02d}_{k // 12}.dcm", k, volume[:, :, k].T.astype(np.int32), **changes)
+    return folder
 
 
 SETTINGS = 'profile = "smoke"\nrow = "a"\nseed = 0\nepochs = 3\noutput = ""'

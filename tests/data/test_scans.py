@@ -3,7 +3,6 @@ import gzip
 import io
 import json
 import logging
-import os
 import sys
 import tracemalloc
 import unicodedata
@@ -12,10 +11,11 @@ import warnings
 import nibabel
 import numpy as np
 import pytest
+import toys
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from toys import write_nifti as save_nifti
+from toys import PLANTED, dicom_file, write_nifti
 
 from covidsev.core import (ConfigError, CovidSevError, GeometryError, IntensityError, MaskError,
                            MissingExtraError, ReadError)
@@ -42,7 +42,7 @@ same = np.array_equal
 
 
 def save(path, array=VOLUME, affine=AFFINE, **fields):
-    return save_nifti(path, array, affine, **fields)
+    return write_nifti(path, array, affine, **fields)
 
 
 def write(path, data):
@@ -481,42 +481,8 @@ def test_the_type_is_told_by_content(tmp_path):
 
 # rows 35 and 36: DICOM
 
-PLANTED = ("PLANTEDNAME", "PLANTEDID", "19010101", "PLANTEDHOSPITAL", "PLANTEDDOCTOR", "PLANTEDTEXT")
-
-
-def dicom_file(path, k, array, **changes):
-    """Slice k of a CT, in HU through slope and intercept, with a planted patient; None drops a tag, and a function
-    gives its value for slice k."""
-    pytest.importorskip("pydicom")
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-
-    file = Dataset()
-    file.file_meta = FileMetaDataset()
-    file.file_meta.TransferSyntaxUID = changes.pop("syntax", ExplicitVRLittleEndian)
-    file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID = CTImageStorage
-    file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = generate_uid(entropy_srcs=[str(path)])
-    file.PatientName, file.PatientID, file.PatientBirthDate = "PLANTEDNAME^A", "PLANTEDID", "19010101"
-    file.InstitutionName, file.ReferringPhysicianName, file.StudyDescription = "PLANTEDHOSPITAL", "PLANTEDDOCTOR", "PLANTEDTEXT"
-    file.Modality, file.SeriesInstanceUID, file.ImageType = "CT", "1.2.3.4", ["ORIGINAL", "PRIMARY", "AXIAL"]
-    file.ImagePositionPatient, file.ImageOrientationPatient = [-15, -14, -30 + 5 * k], [1, 0, 0, 0, 1, 0]
-    file.PixelSpacing, file.SliceThickness, file.Rows, file.Columns = [0.8, 0.8], 5, *array.shape
-    file.RescaleSlope, file.RescaleIntercept, file.SamplesPerPixel, file.InstanceNumber = 2, -2000, 1, 99 - k
-    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 16, 15, 0
-    file.PhotometricInterpretation, file.PixelData = "MONOCHROME2", ((array + 2000) // 2).astype(np.uint16).tobytes()
-    for name, value in changes.items():
-        setattr(file, name, value(k) if callable(value) else value)
-        if value is None:
-            delattr(file, name)
-    file.save_as(path, enforce_file_format=True)
-
-
 def dicom_series(folder, slices=range(12), prefix="PLANTEDNAME", **changes):
-    """A series in a folder; the first columns of VOLUME are the first columns of each slice."""
-    folder.mkdir(exist_ok=True)
-    for k in slices:
-        dicom_file(folder / f"{prefix}_{(5 * k) % 12:02d}.dcm", k, VOLUME[:, :, k].T.astype(np.int32), **changes)
-    return folder
+    return toys.dicom_series(folder, VOLUME, slices, prefix, **changes)
 
 
 EVEN = VOLUME // 2 * 2  # what survives the slope of 2
@@ -531,7 +497,7 @@ def test_a_series_is_the_same_volume_as_its_nifti(tmp_path):
     mask = (found.hu > 0).astype(np.uint8)
     write_mask(tmp_path / "m.nii.gz", mask, found)
     assert same(read_mask_for(tmp_path / "m.nii.gz", twin), mask)
-    single = read_scan(folder / "PLANTEDNAME_00.dcm")
+    single = read_scan(folder / "PLANTEDNAME_00_0.dcm")
     assert single.kind == "slice" and same(single.hu, EVEN[:, :, 0].T)
     nested = tmp_path / "nested" / "STUDY" / "SERIES"
     nested.parent.mkdir(parents=True)
@@ -660,7 +626,7 @@ def test_nothing_about_the_patient_gets_through(tmp_path, capfd, caplog):
     caplog.set_level(logging.DEBUG)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        for name, path in (("m.nii.gz", folder), ("m.nii", folder), ("one.nii", folder / "PLANTEDNAME_00.dcm")):
+        for name, path in (("m.nii.gz", folder), ("m.nii", folder), ("one.nii", folder / "PLANTEDNAME_00_0.dcm")):
             scans.append(read_scan(path))
             write_mask(out / name, scans[-1].hu > 0, scans[-1])
     assert any("burned_in_annotation" in note for note in scans[0].warnings)
