@@ -543,7 +543,7 @@ def _checked_mask(mask: np.ndarray, scan: Scan, path: Path) -> np.ndarray:
     """`mask` as uint8; errors where it is not one of this scan, or `path` is no name for it."""
     mask = np.asarray(mask)
     _refuse_shape(mask.shape, scan.hu.shape, path)
-    counts = count_values(mask, path)
+    counts = {0: mask.size} if mask.dtype == np.uint8 else count_values(mask, path)
     if min(counts) < 0 or max(counts) > 255:
         raise MaskError("labels are numbers from 0 to 255", file=path, found=_listed(counts))
     suffixes = (".nii", ".nii.gz") if scan.grid is not None else (".png",)

@@ -27,8 +27,6 @@ from ..core import (CONSOLIDATION, ChecksumError, ConfigError, CovidSevError, Ge
                            run_lock, sha256_bytes, sha256_file, sha256_json, write_bytes,
                            write_json, write_text)
 from ..data.scans import Scan, read_mask_for, read_scan, turn_picture, write_mask
-from ..method.inference import Segmenter, load_segmenter, segment
-from ..method.inference import find_lungs as predict_lungs
 from ..method.metrics import dsc
 from .inputs import (MASKS, PACKAGE, PICTURE_AXES, UPRIGHT, Case, Options, check_options, list_cases,
                                       shipped)
@@ -59,7 +57,7 @@ def fingerprint(path: str | Path) -> str:
 class Network(NamedTuple):
     """A segmenter, and the card beside its weights: licence, trained_on, measured; {} without a card."""
 
-    segmenter: Segmenter
+    segmenter: "Segmenter"
     card: Mapping[str, Any]
 
     def record(self) -> dict[str, Any]:
@@ -69,6 +67,8 @@ class Network(NamedTuple):
 def _load(weights: str | Path, options: Options, **more: Any) -> Network:
     """A network and its card. `ChecksumError` where the card is that of another file, `ConfigError` for one that
     knows phantoms only and a scan that is none."""
+    from covidsev.method.inference import load_segmenter
+
     segmenter = load_segmenter(weights, device=options.device, **more)
     path = Path(weights).with_suffix(".json")
     card = read_json(path) if path.is_file() else {}
@@ -217,6 +217,8 @@ def _from_lobes(lobes: np.ndarray) -> np.ndarray:
 
 def _network_lungs(scan: Scan, setup: Setup) -> tuple[LungMask, np.ndarray | None]:
     """Lungs by the network, and those of the weight-free way where the two disagree."""
+    from covidsev.method.inference import find_lungs as predict_lungs
+
     options = setup.options
     mask = predict_lungs(scan, setup.lungs.segmenter, device=options.device, batch_size=options.batch_size,
                          tta=options.tta)
@@ -294,6 +296,8 @@ def _infection(case: Case, scan: Scan, lungs: LungMask | None, setup: Setup) -> 
     plausible = lungs is not None and not any(
         "_implausible" in _code(text) for text in
         complete_lungs(lungs, scan.hu, scan.spacing_mm, scan.unit).warnings)
+    from covidsev.method.inference import segment
+
     options = setup.options
     return segment(scan, setup.infection.segmenter, lungs.labels if plausible else None, device=options.device,
                    batch_size=options.batch_size, tta=options.tta), True
@@ -321,7 +325,7 @@ def find_all(case: Case, setup: Setup) -> Found:
     labels, predicted = _infection(case, scan, lungs, setup)
     if lungs is not None:
         lungs = complete_lungs(lungs, scan.hu, scan.spacing_mm, scan.unit,
-                               infection=labels > 0 if options.task == "severity" else None,
+                               infection=labels if options.task == "severity" else None,
                                strict=options.strict and options.task == "severity")
     notes = tuple(dict.fromkeys(text for text in scan.warnings if _code(text) in _NOTES))
     scan = replace(scan, warnings=[text for text in scan.warnings if text not in notes])
@@ -367,10 +371,10 @@ def _mask_name(stem: str, scan: Scan) -> str:
     return f"{stem}.nii.gz" if scan.grid is not None else stem if scan.kind == "stack" else f"{stem}.png"
 
 
-def _pictures(found: Found, parts: tuple | None, min_fraction: float) -> list[Shown]:
+def _pictures(found: Found, parts: tuple | None = None) -> list[Shown]:
     """The pictures of the report."""
     lungs = np.zeros_like(found.labels) if found.lungs is None else found.lungs.labels
-    return case_pictures(found.scan, found.labels, lungs, parts=parts, other=found.other, min_fraction=min_fraction)
+    return case_pictures(found.scan, found.labels, lungs, parts=parts, other=found.other)
 
 
 def _write_severity(folder: Path, case: Case, found: Found, setup: Setup,
@@ -381,7 +385,7 @@ def _write_severity(folder: Path, case: Case, found: Found, setup: Setup,
     files |= {"overlay": "overlay.png", "report": "report.html"}
     plain, parts = score_case(case, found, setup, key)
     result = {**plain, "histogram": hu_histogram(found.scan, found.labels, found.lungs.labels), "files": files}
-    shown = _pictures(found, None if setup.options.situs_inversus else parts, result["min_fraction"])
+    shown = _pictures(found, None if setup.options.situs_inversus else parts)
     for name, mask in masks.items():
         _save_mask(folder / files[name], mask, found.scan)
     write_bytes(folder / files["overlay"], png_of(contact_sheet(shown)))
@@ -403,7 +407,7 @@ def _write_segment(folder: Path, case: Case, found: Found, setup: Setup,
               "warnings": list(dict.fromkeys([*scan.warnings, *known])), "files": files,
               **_about(found, setup, key)}
     _save_mask(folder / files["infection"], found.labels, scan)
-    write_bytes(folder / files["overlay"], png_of(contact_sheet(_pictures(found, None, 0.01))))
+    write_bytes(folder / files["overlay"], png_of(contact_sheet(_pictures(found))))
     write_json(folder / "segment.json", result)
     return result
 

@@ -28,7 +28,7 @@ from ..data.scans import Scan, turn_picture
 from ..data.show import LINES, PALETTE, draw_contour, overlay
 from .inputs import PACKAGE
 from .lungs import bounding_box, slice_areas
-from .score import MIN_FRACTION, SCHEMA, count_regions, extent_score, fractions
+from .score import SCHEMA
 
 # %% ../../nbs/3_severity/04_reports.ipynb #cell-007
 NONE = "–"
@@ -161,11 +161,8 @@ def _file_of(scan: Scan, k: int) -> str:
     return f", {names[k]}" if scan.kind == "stack" and len(names) > k else ""
 
 
-def _front(parts: tuple, infection: np.ndarray, min_fraction: float, aspect: float) -> np.ndarray:
-    """The highest region score from front to back, as displayed; `parts` as in `SeverityResult`."""
-    box, ids = parts
-    n_vox, n_inf = count_regions(ids, infection[box] > 0)
-    scores = [extent_score(share, min_fraction) for share in fractions(n_inf, n_vox)]
+def _front(ids: np.ndarray, scores: Sequence[int | None], aspect: float) -> np.ndarray:
+    """The highest region score from front to back, as displayed; ids (X, Y, Z): 1.. the place in `scores`."""
     table = np.array([0, *(0 if score is None else score + 1 for score in scores)], np.uint8)
     colours = np.array([[255, 255, 255], *(_rgb(colour) for colour in SCORE_COLOURS.values())], np.uint8)
     return _on_screen(colours[turn_picture(table[ids].max(axis=1))], aspect, smooth=False)
@@ -176,10 +173,10 @@ def _rgb(colour: str) -> list[int]:
 
 
 def case_pictures(scan: Scan, infection: np.ndarray, lungs: np.ndarray, *, parts: tuple | None = None,
-                  other: np.ndarray | None = None, min_fraction: float = MIN_FRACTION) -> list[Shown]:
+                  other: np.ndarray | None = None) -> list[Shown]:
     """The infection (0, 1 or 0, 1, 2) on the scan: axial, coronal, sagittal, slice by slice.
 
-    `lungs` and `other` lungs on the grid of `scan`; `parts`: box and regions of `SeverityResult`, or None: no
+    `lungs` and `other` lungs on the grid of `scan`; `parts`: those of `SeverityResult`, or None: no
     view of the scores from the front. `GeometryError` where masks do not fit."""
     masks = {"infection": np.asarray(infection), "lungs": np.asarray(lungs), "other": other}
     _check_grid(scan, masks)
@@ -200,8 +197,7 @@ def case_pictures(scan: Scan, infection: np.ndarray, lungs: np.ndarray, *, parts
         if mine.any():
             shown.append(Shown(f"sagittal, {title} lung, front at the right", view.cut(0, int(mine.argmax()))))
     if parts is not None:
-        front = _front(parts, np.asarray(infection), min_fraction, view.aspects[1])
-        shown.append(Shown("highest region score, from the front", front))
+        shown.append(Shown("highest region score, from the front", _front(*parts[1:], view.aspects[1])))
     return shown + [Shown(name(k), view.cut(2, k)) for k in _levels_shown(view.lungs, worst)]
 
 

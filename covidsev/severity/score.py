@@ -468,9 +468,14 @@ def drop_fragments(lungs: ArrayLike, smallest: float = FRAGMENT) -> tuple[NDArra
     return _as_given(kept, lungs), float(1 - np.count_nonzero(kept) / np.count_nonzero(labels))
 
 
+def _sides(lungs: NDArray[np.uint8]) -> list[int]:
+    """Which lungs are there: 1 right, 2 left."""
+    return [lung for lung in (1, 2) if (lungs == lung).any()]
+
+
 def _check_one_label(lungs: NDArray[np.uint8]) -> None:
     """`MaskError` for a single lung that is two pieces side by side: both lungs with one label."""
-    values = np.unique(lungs[lungs > 0])
+    values = _sides(lungs)
     if len(values) == 1 and split_lungs(lungs > 0)[1] == "components":
         raise MaskError("both lungs have one label", found=f"only label {values[0]}, in two pieces side by side",
                         expected="1 right lung, 2 left lung", fix="split it: covidsev.severity.lungs.split_lungs")
@@ -483,7 +488,7 @@ _NOT_IN_ROW = {"sectors", "bounds", "bounds_strict", "lungs", "histogram", "run_
 class SeverityResult(dict):
     """All that `severity` computes for one patient, as it stands in the JSON file; each key is an attribute too.
 
-    `parts`: the box of the lungs, and the regions (or sectors) in it; not in the file."""
+    `parts`: the box of the lungs, the regions (or sectors) in it, the scores of the regions; not in the file."""
 
     parts: tuple | None = None
 
@@ -551,8 +556,9 @@ def _crop_hu(hu: NDArray | None, box: tuple[slice, ...], lungs: NDArray[np.uint8
     if hu is None:
         return None
     hu = hu[box]
-    infinite = hu.dtype.kind == "f" and np.isinf(hu[lungs > 0]).any()
-    if infinite or not any((hu[..., k] < 0).any() for k in range(hu.shape[2])):
+    low, high = float(hu.min()), float(hu.max())  # NaN where one voxel is
+    odd = not np.isfinite(high - low) and (np.isinf(hu[lungs > 0]).any() or not (hu < 0).any())
+    if odd or low >= 0:
         raise IntensityError("these are not Hounsfield units",
                              found=f"{hu.dtype}, {np.nanmin(hu):g} to {np.nanmax(hu):g}",
                              expected="finite values (NaN: not known), air in the lungs far below 0",
@@ -597,7 +603,7 @@ def _prepare(given: Mapping[str, ArrayLike | None], z: ArrayLike | None, spacing
 def _notice(case: _Case, n_disagree: int) -> list[str]:
     """Warnings, each `code: text with its value`."""
     outside, filled = case.shares["outside_fraction"] or 0, case.shares["lobe_fill_fraction"] or 0
-    sides = [name for lung, name in ((1, "right"), (2, "left")) if (case.lungs == lung).any()]
+    sides = [("right", "left")[lung - 1] for lung in _sides(case.lungs)]
     found = {
         f"infection_outside_lung: {outside:.1%} of the infection lies outside the lungs": outside > 0.20,
         f"single_lung: only a {sides[0]} lung is there; nothing is said about the other": len(sides) == 1,
@@ -742,7 +748,7 @@ def _reasons(values: Mapping[str, Any], case: _Case) -> dict[str, str]:
     """Why each None among `values` is None."""
     facts = {"no_hu": case.hu is None, "one_slice": case.method.startswith("slice"),
              "truncated": case.truncated, "no_level": not case.known,
-             "single_lung": len(np.unique(case.lungs[case.lungs > 0])) < 2,
+             "single_lung": len(_sides(case.lungs)) < 2,
              "level": case.known, "no_lesion": not case.lesion.any(),
              "no_spacing": case.sizes is None, "always": True}
     found: dict[str, str] = {}
@@ -779,7 +785,7 @@ def severity(infection: ArrayLike | None, lungs: ArrayLike, *, lobes: ArrayLike 
         schema=SCHEMA, case_id=case_id, method=case.method, approximate_z=bool(approximate_z),
         geometry=asdict(geometry), min_fraction=float(min_fraction), threshold=THRESHOLD, **values,
         not_computed=_reasons(values, case), warnings=case.warnings, input={}, software={}, model={})
-    result.parts = case.box, case.ids
+    result.parts = case.box, case.ids, [region["score"] for region in result.regions]
     return result
 
 # %% ../../nbs/3_severity/02_score.ipynb #cell-055
