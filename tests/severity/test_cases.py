@@ -456,7 +456,7 @@ def test_a_slice_without_lungs_can_still_be_segmented(network, tmp_path):
 def test_lungs_that_cannot_be_ones_do_not_crop(anna, network, tmp_path, monkeypatch):
     """A network of real slices gets the box of the lungs, but not that of a mask of 1 % of the body."""
     boxes = []
-    monkeypatch.setattr(cases, "segment", lambda scan, segmenter, lungs, **_: boxes.append(lungs is not None)
+    monkeypatch.setattr("covidsev.method.inference.segment", lambda scan, segmenter, lungs, **_: boxes.append(lungs is not None)
                         or np.zeros(scan.hu.shape, np.uint8))
     hu = turn_picture(np.asarray(nibabel.load(anna.scan).dataobj)[:, :, 7])
     body = np.pad(np.where(hu < -200, 30, hu)[8:-8, 8:-8], 8, constant_values=-1000)
