@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
 from covidsev.core import ConfigError, MaskError, NonFiniteError, has_bfloat16
@@ -17,10 +16,10 @@ from covidsev.data.datasets import mask_edge
 from covidsev.method import training
 from covidsev.method.losses import SideOutputs
 from covidsev.method.unets import MultiClassOutputs
-from covidsev.method.training import (MULTI, SINGLE, Batch, SelfLabelling, Supervised, TrainConfig, WeightAverage,
-                                      data_hash, deal_groups, epoch_batches, fit, group,
-                                      learning_rate_at, load_checkpoint, make_optimiser, run_to_end, scaled, soft_maps,
-                                      train_step, weights_hash)
+from covidsev.method.training import (MULTI, SINGLE, Batch, SelfLabelling, Supervised, TrainConfig,
+                                      WeightAverage, data_hash, deal_groups, epoch_batches, fit,
+                                      group, learning_rate_at, load_checkpoint, make_optimiser,
+                                      run_to_end, scaled, soft_maps, train_step, weights_hash)
 
 TOY = TrainConfig(epochs=3, batch_size=4, learning_rate=1e-2, augment="paper", precision="float32")
 
@@ -172,7 +171,7 @@ def test_the_focal_loss_changes_training(tmp_path):
     assert focal.history.train_s_3[0] < plain.history.train_s_3[0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"lookahead": 3}, {"ema": 0.5, "lookahead": 2, "images_per_epoch": 13}])
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.5, "lookahead": 2, "images_per_epoch": 13}])
 def test_interrupted_between_epochs_the_bits_are_the_same(tmp_path, changes):
     config = replace(TOY, **changes)
     whole, half = run(tmp_path / "whole", config), Supervised(Toy(), TRAIN, config)
@@ -214,19 +213,6 @@ def test_both_precisions_end_near_each_other(tmp_path):
 def test_auto_is_what_the_processor_is_fast_at(tmp_path):
     identity = Supervised(Toy(), TRAIN, replace(TOY, precision="auto")).identity()
     assert identity["config.precision"] == ("bfloat16" if has_bfloat16() else "float32")
-
-
-def test_a_fused_step_equals_a_plain_one():
-    networks = [Toy(), Toy()]
-    fused = make_optimiser(networks[0], replace(TOY, weight_decay=0.0))
-    plain = torch.optim.Adam(networks[1].parameters(), lr=TOY.learning_rate, foreach=False)
-    for network, optimiser in zip(networks, (fused, plain), strict=True):
-        for _ in range(3):
-            optimiser.zero_grad()
-            network.eval()(TRAIN[0].float() / 255).s_3.mean().backward()
-            optimiser.step()
-    for mine, theirs in zip(*(network.parameters() for network in networks), strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-6)
 
 
 def test_the_gradient_is_not_longer_than_the_limit():
@@ -338,7 +324,7 @@ class Stops(SelfLabelling):
         super().step()
 
 
-@pytest.mark.parametrize("at", [(1, 0), (2, 1), (4, 0), (5, 2)])
+@pytest.mark.parametrize("at", [(2, 1), (4, 0)])
 def test_stopped_rounds_go_on_to_the_same_end(tmp_path, at, monkeypatch):
     whole = rounds(tmp_path / "whole")
     monkeypatch.setattr(Stops, "at", at)

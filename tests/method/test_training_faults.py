@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from covidsev import core
-from covidsev.core import CheckpointError, ConfigError, NonFiniteError, RunLockedError, run_lock, sha256_file
+from covidsev.core import (CheckpointError, ConfigError, NonFiniteError, RunLockedError, run_lock,
+                           sha256_file)
 from covidsev.method import training
 from covidsev.method.losses import SideOutputs
-from covidsev.method.training import (Supervised, TrainConfig, fit, load_checkpoint, load_latest, rotate_checkpoints,
-                                      save_checkpoint, weights_hash)
+from covidsev.method.training import (Supervised, TrainConfig, fit, load_checkpoint, load_latest,
+                                      rotate_checkpoints, save_checkpoint, weights_hash)
 
 CONFIG = TrainConfig(epochs=6, batch_size=4, learning_rate=1e-2, augment="paper", ema=0.5, save_every=1, precision="float32")
 
@@ -109,13 +110,12 @@ DAMAGES = {"half": lambda content: content[:len(content) // 2], "empty": lambda 
 
 
 @pytest.mark.filterwarnings("ignore:checkpoint is damaged")
-@pytest.mark.parametrize("name", ["last.pt", "last.pt.sha256"])
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_last_falls_back_to_prev_and_gives_the_same_bits(tmp_path, damage, name, expected):
+@pytest.mark.parametrize("name, damage", [*(("last.pt", one) for one in DAMAGES), ("last.pt.sha256", "half")])
+def test_a_damaged_last_falls_back_to_prev_and_gives_the_same_bits(tmp_path, name, damage, expected):
     """The file itself, or the one that lists its hash: other bytes, no text at all."""
     run(tmp_path)
     file = tmp_path / name
-    file.write_bytes(damage(file.read_bytes()) if name == "last.pt" else b"\xff\x00" + damage(b"01234567  last.pt"))
+    file.write_bytes(DAMAGES[damage](file.read_bytes()) if name == "last.pt" else b"\xff\x0001234567")
     with pytest.raises(CheckpointError, match="damaged"):
         load_checkpoint(tmp_path / "last.pt")
     with pytest.warns(UserWarning, match="resuming from prev.pt, epoch 5"):
@@ -330,8 +330,7 @@ def test_ten_kills_of_one_run_and_no_orphans(tmp_path, expected):
 
 # signals, locks
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("number, status, step", [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 3), (signal.SIGTERM, 143, 5)])
 def test_a_signal_finishes_the_batch_saves_and_exits(tmp_path, number, status, step, expected):
     assert in_child(lambda: run(tmp_path, on_forward=sends(number, step))) == status
     state = load_checkpoint(tmp_path / "last.pt")
