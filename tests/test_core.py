@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from covidsev import core as config
 from covidsev.core import ConfigError, CovidSevError
@@ -41,15 +40,11 @@ def test_every_error_survives_a_process_boundary(kind):
     assert isinstance(error, ValueError) and error.exit_code in {1, 2, 4, 5}
 
 
-def test_exit_codes_are_the_documented_ones():
-    codes = {kind.__name__: kind.exit_code for kind in all_errors() if kind.exit_code != 1}
-    assert codes == {"ConfigError": 2, "DataMissingError": 2, "RunLockedError": 4, "CheckpointError": 5}
-
-
 @given(st.lists(WORDS, min_size=1, max_size=8), WORDS)
 def test_check_choice_returns_the_value_or_names_valid_ones(choices, value):
+    assert config.suggest(value, choices) == config.suggest(value, choices[::-1])
     if value in choices:
-        assert config.check_choice("thing", value, choices) == value
+        assert config.check_choice("thing", value, iter(choices)) == value
         return
     with pytest.raises(ConfigError) as raised:
         config.check_choice("thing", value, choices)
@@ -57,28 +52,12 @@ def test_check_choice_returns_the_value_or_names_valid_ones(choices, value):
     assert any(choice in raised.value.fix for choice in choices)
 
 
-@given(st.sets(WORDS, min_size=1, max_size=8), WORDS)
-def test_suggest_does_not_depend_on_the_order_of_the_names(valid, name):
-    assert config.suggest(name, sorted(valid)) == config.suggest(name, sorted(valid, reverse=True))
-
-
-def test_check_choice_takes_an_iterator_and_other_types():
-    assert config.check_choice("scale", 2, iter([1, 2])) == 2
-    with pytest.raises(ConfigError, match="unknown scale None"):
-        config.check_choice("scale", None, iter([1, 2]))
-
-
 def test_repo_root_is_found_from_below_and_not_from_a_neighbour(repository, tmp_path):
     assert config.repo_root(repository / "nbs") == repository
-    (tmp_path / "settings.ini").write_text("this is not an ini file")
-    with pytest.raises(ConfigError, match="not inside the covidsev repository"):
-        config.repo_root(tmp_path)
-
-
-def test_repo_root_survives_a_settings_file_that_is_not_text(tmp_path):
-    (tmp_path / "settings.ini").write_bytes(b"\xff\xfe\x00lib_name")
-    with pytest.raises(ConfigError):
-        config.repo_root(tmp_path)
+    for content in (b"this is not an ini file", b"\xff\xfe\x00lib_name"):
+        (tmp_path / "settings.ini").write_bytes(content)
+        with pytest.raises(ConfigError, match="not inside the covidsev repository"):
+            config.repo_root(tmp_path)
 
 
 def test_repo_root_falls_back_to_the_package(repository, tmp_path, monkeypatch):
@@ -160,21 +139,6 @@ def test_odd_device_names_are_refused(name):
         config.resolve_device(name)
 
 
-def test_seed_everything_fixes_all_the_draws_and_returns_its_own_generator():
-    import random
-
-    import torch
-
-    def draws(seed):
-        generator = config.seed_everything(seed, threads=1)
-        return random.random(), torch.rand(3).tolist(), torch.rand(3, generator=generator).tolist()
-
-    assert draws(5) == draws(5) != draws(6)
-    assert torch.get_num_threads() == 1 and os.environ["OMP_NUM_THREADS"] == "1"
-    assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
-    assert config.seed_everything(1) is not config.seed_everything(1)
-
-
 def test_seeds_give_the_same_bits_in_another_process_whatever_the_hash_seed():
     code = (
         "from covidsev.core import seed_everything; import torch, random; g = seed_everything(3, threads=1);"
@@ -183,14 +147,3 @@ def test_seeds_give_the_same_bits_in_another_process_whatever_the_hash_seed():
     exec(code, here)
     other = python(code + "; print(drawn)", PYTHONHASHSEED="7")
     assert other.stdout == f"{here['drawn']}\n", other.stderr
-
-
-@pytest.mark.parametrize("n", [0, -1])
-def test_threads_must_be_positive(n):
-    with pytest.raises(ConfigError, match="at least 1"):
-        config.set_threads(n)
-
-
-def test_limits_are_those_of_the_specification():
-    assert config.MAX_IMAGE_PIXELS == 64 * 10**6 and config.MAX_ARCHIVE_RATIO == 200
-    assert config.MAX_DECODED_BYTES == 4 * 2**30 and config.MAX_ARCHIVE_BYTES == 20 * 2**30

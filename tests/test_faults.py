@@ -18,11 +18,9 @@ from covidsev.severity.cases import process_case, process_cases
 from covidsev.severity.inputs import Options, list_cases
 from covidsev.cli import main
 from covidsev.method.unets import build_network
-from covidsev.core import ConfigError, GeometryError, MaskError
+from covidsev.core import ConfigError, GeometryError, MaskError, sha256_file
 from covidsev.method.inference import ModelInfo, save_model
 from covidsev.data.phantom import phantom_volume
-from covidsev.core import sha256_file
-from covidsev.data.scans import read_scan
 
 
 def ras(planes: np.ndarray) -> np.ndarray:

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from toys import CHAIN, SETTINGS, TOY, write_notebook, write_toys
 
 from covidsev.core import ConfigError, NotebookError, repo_root
 from covidsev.paper import experiments
-from covidsev.paper.experiments import (Run, cache_key, find_experiment, lint_notebook, load_registry, notebook_parameters,
-                                        parse_settings, plan_runs, source_key, why_stale)
+from covidsev.paper.experiments import (cache_key, find_experiment, lint_notebook, load_registry,
+                                        notebook_parameters, parse_settings, plan_runs, source_key,
+                                        why_stale)
 
 WHOLE = load_registry()
 
@@ -51,10 +51,8 @@ def test_faults_of_the_registry_are_found_when_it_is_read(toys, old, new, why):
 
 
 def test_misspelt_parameters_are_refused_with_a_suggestion(tmp_path):
-    with pytest.raises(ConfigError, match="did you mean 'epochs'"):
-        experiments.resolve(WHOLE, "smoke", "train_single", "sinfnet", 0, {"epohcs": 1})
-    text = (repo_root() / "nbs/experiments/experiments.toml").read_text(encoding="utf-8")
-    (tmp_path / "train_single.ipynb").write_bytes((repo_root() / "nbs/experiments/train_single.ipynb").read_bytes())
+    text = (WHOLE.folder / "experiments.toml").read_text(encoding="utf-8")
+    (tmp_path / "train_single.ipynb").write_bytes((WHOLE.folder / "train_single.ipynb").read_bytes())
     (tmp_path / "experiments.toml").write_text(text.replace("cutout = 0.5", "cutuot = 0.5"), encoding="utf-8")
     with pytest.raises(ConfigError, match="did you mean 'cutout'"):
         experiments.resolve(load_registry(tmp_path / "experiments.toml"), "smoke", "train_single", "sinfnet_aug_0.5", 0)
@@ -89,9 +87,9 @@ def test_render_notebooks_cannot_train_and_drawing_makes_no_network_old():
 def test_profiles_state_their_device_data_and_whether_they_are_committed():
     for name, profile in WHOLE.profiles.items():
         parameters = profile.parameters["train_single"]
-        assert parameters["device"] == {"smoke": "cpu", "cpu": "cpu", "paper": "cuda"}[name]
+        assert parameters["device"] == ("cuda" if name == "paper" else "cpu")
         assert (parameters["data"] == "phantom") == (name == "smoke") == (not profile.committed)
-        assert len(profile.seeds) >= (1 if name == "smoke" else 3)
+        assert len(profile.seeds) >= (3 if name in ("cpu", "paper") else 1)
 
 
 # --- notebooks and settings
@@ -117,17 +115,16 @@ def test_lost_doubled_and_empty_parameters_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("line, refused", [
-    ("!false", True), ("files = !ls", True), ("%%bash\nfalse", True), ("  !false", True), ("%sx false", True),
-    ("%%script bash\nexit 1", True), ("a != b", False), ("x = 'wow!'", False), ("%matplotlib inline", False), ("# not !a command", False)])
+    ("files = !ls", True), ("%%bash\nfalse", True), ("  !false", True), ("%sx false", True),
+    ("a != b", False), ("x = 'wow!'", False), ("%matplotlib inline", False), ("# not !a command", False)])
 def test_shell_lines_are_refused(tmp_path, line, refused):
     faults = lint_notebook(write_notebook(tmp_path / "n.ipynb", SETTINGS, line))
     assert any("shell command" in fault for fault in faults) == refused == bool(faults)
 
 
 @pytest.mark.parametrize("text, value", [
-    ("1", 1), (" 1e-4 ", 1e-4), ("-2", -2), ("None", None), ("True", True), ("[0.5, 1.0]", [0.5, 1.0]), ("('a', 1)", ("a", 1)),
-    ("'7'", "7"), ("'true'", "true"), ("none", "none"), ("x=y", "x=y"), ("", ""), ("1.0.0", "1.0.0"), ("[1, 2", "[1, 2"),
-    ("{[1]: 2}", "{[1]: 2}"), ("(" * 999, "(" * 999)])
+    (" 1e-4 ", 1e-4), ("-2", -2), ("('a', 1)", ("a", 1)), ("'true'", "true"), ("", ""), ("1.0.0", "1.0.0"),
+    ("[1, 2", "[1, 2"), ("{[1]: 2}", "{[1]: 2}"), ("(" * 999, "(" * 999)])
 def test_a_setting_is_what_python_reads_or_the_text(text, value):
     assert parse_settings([f"start={text}"]) == {"start": value}
     assert type(parse_settings([f" start = {text}"])["start"]) is type(value)
@@ -142,8 +139,7 @@ def test_a_setting_that_python_wrote_is_read_back(value):
     assert parse_settings(["x=1", f"x={value!r}"]) == {"x": value}  # of one given twice the last counts
 
 
-@pytest.mark.parametrize("pair, why", [("epochs", "NAME=VALUE"), (" = 2", "NAME=VALUE"), ("", "NAME=VALUE"),
-                                       ("amp=true", "amp=True"), ("amp= false", "amp=False"), ("start=null", "start=None")])
+@pytest.mark.parametrize("pair, why", [(" = 2", "NAME=VALUE"), ("", "NAME=VALUE"), ("start=null", "start=None")])
 def test_a_setting_without_name_or_in_another_spelling_is_refused(pair, why):
     with pytest.raises(ConfigError, match=why):
         parse_settings(["size=64", pair])
@@ -448,10 +444,3 @@ def test_pool_key_changes_with_names_and_sizes(tmp_path, monkeypatch):
     (tmp_path / "Imgs/b.jpg").rename(tmp_path / "Imgs/c.jpg")
     keys.append(experiments.pool_key())
     assert len(set(keys)) == 3 and experiments.pool_key() == keys[2]
-
-
-def test_a_run_without_a_notebook_is_a_plain_record():
-    run = Run("smoke", "toy", "a", 0, "compute", repo_root() / "none.ipynb", {}, (), ())
-    assert run.name == "toy/a-seed0"
-    with pytest.raises(NotebookError, match="not a readable notebook"):
-        experiments.library_key(run)

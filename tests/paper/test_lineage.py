@@ -6,12 +6,10 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from toys import DRAW, RECORD, TRAIN, experiment, table, write_notebook
 
-from covidsev.cli import find_origins as where
-from covidsev.cli import main
+from covidsev.cli import find_origins as where, main
 from covidsev.core import ConfigError, read_json, repo_root
 from covidsev.paper import runner
 from covidsev.paper.experiments import load_registry

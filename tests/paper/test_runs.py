@@ -7,18 +7,18 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from covidsev.core import CheckpointError, ConfigError, GeometryError, LeakageError, NonFiniteError, has_bfloat16
-from covidsev.data.datasets import SliceSet, Splits, load_splits, spine_at_left
+from covidsev.core import (CheckpointError, ConfigError, GeometryError, LeakageError,
+                           NonFiniteError, has_bfloat16)
+from covidsev.data.datasets import SliceSet, Splits, spine_at_left
 from covidsev.method import training
-from covidsev.method.infnet import InfNet
 from covidsev.method.training import TrainConfig, TrainingInterrupted, save_checkpoint, weights_hash
 from covidsev.paper import runs
-from covidsev.paper.runs import (LESIONS, ClassMaps, build_started, check_classes, class_overlaps, evaluate,
-                                 evaluate_loss, evaluate_multiclass, multiclass_images, out_of_fold, overlap_metrics, run_record,
-                                 run_tensors, save_run, toolbox_metrics, train_network, train_run)
+from covidsev.paper.runs import (LESIONS, ClassMaps, build_started, check_classes, class_overlaps,
+                                 evaluate, evaluate_multiclass, multiclass_images, out_of_fold,
+                                 overlap_metrics, run_tensors, save_run, toolbox_metrics,
+                                 train_network, train_run)
 
 COMMON = {"profile": "smoke", "seed": 0, "data": "phantom", "size": 32, "n_train": 8, "n_test": 4, "epochs": 2, "batch_size": 4,
           "learning_rate": 4e-3, "augment": "paper", "cutout": 0.5, "cutout_mode": "side", "precision": "float32", "save_every": 1,
@@ -96,14 +96,6 @@ def test_the_medseg_volumes_join_the_training_slices_and_look_like_them(data_roo
     assert abs(np.mean(left) - np.mean([spine_at_left(image) for image in alone.train.images])) < 0.2
 
 
-@pytest.mark.parametrize("changes, found, missing", [
-    ({"n_train": None}, {"n_train": 24}, "n_train"), ({"n_train": 20}, {"n_train": 19}, "n_train"),
-    ({"n_train": None}, {"n_train": 50, "n_pool": 200}, "n_pool"), ({"n_unlabelled": 300}, {"n_train": 50, "n_pool": 299}, "n_pool")])
-def test_a_run_that_got_less_than_its_settings_say_stops(changes, found, missing):
-    with pytest.raises(ConfigError, match=f"got less than its row says: {missing}"):
-        run_record(COMMON | {"data": "covid-semiseg", "n_train": None, **changes}, steps=1, draws=1, **found)
-
-
 def test_a_record_states_what_was_used(splits, tmp_path):
     run = train_network(placed(SINGLE, tmp_path, precision="auto"), splits)
     record = json.loads((save_run(run, evaluate(run)) / "run.json").read_text())
@@ -114,21 +106,17 @@ def test_a_record_states_what_was_used(splits, tmp_path):
     assert record["data"]["splits"]["train"]["n"] == 8 and "commit" in record
 
 
-@pytest.mark.parametrize("kind", ["pretext", "full", "infnet"])
-@pytest.mark.parametrize("start, run", [("pretext/multi_coach", "pretext/multi_coach-seed7"), ("pretext/pool%5", "pretext/pool-seed2")])
+@pytest.mark.parametrize("kind, start, run", [("pretext", "pretext/multi_coach", "pretext/multi_coach-seed7"),
+                                              ("full", "pretext/pool%5", "pretext/pool-seed2")])
 def test_starting_from_another_run(tmp_path, monkeypatch, kind, start, run):
     torch.manual_seed(5)
-    other = InfNet("small") if kind == "infnet" else build_started(MULTI | {"seed": 9})[0]
+    other = build_started(MULTI | {"seed": 9})[0]
     fresh = [] if kind == "full" else ["head"]
     weights = {name: value for name, value in other.state_dict().items() if not name.startswith(tuple(f"{x}." for x in fresh))}
     save_checkpoint(tmp_path / "start.pt", {"layers_fresh": fresh, "weights": weights})
     asked = []
     monkeypatch.setattr(runs, "checkpoint_of", lambda settings_, *names: asked.append(names) or tmp_path / "start.pt")
     begin = placed(MULTI, tmp_path, start=start, seed=7)
-    if kind == "infnet":
-        with pytest.raises(CheckpointError):
-            build_started(begin)
-        return
     model, report = build_started(begin)
     plain, _ = build_started(begin | {"start": ""})
     assert asked == [(run, "start.pt")] and len(report.loaded) == len(weights)
@@ -210,7 +198,7 @@ def test_a_class_may_be_missing_from_the_test_slices(splits, priors, tmp_path):
 
 # three classes: training and its faults
 
-@pytest.mark.parametrize("batch_size", [3, 7, 100])
+@pytest.mark.parametrize("batch_size", [3, 100])
 def test_batches_that_do_not_divide_the_set_or_exceed_it(splits, priors, tmp_path, batch_size):
     run = train_network(placed(MULTI, tmp_path, epochs=1, batch_size=batch_size), splits, priors)
     assert run.fit.draws == 8 and np.isfinite(run.fit.history["train_loss"]).all()
@@ -358,15 +346,6 @@ def test_a_temperature_sharpens_the_maps_and_moves_no_pixel_across_the_threshold
     assert sharp["meanDice_tempered"] != plain["meanDice"] and "meanDice_tempered" not in plain
 
 
-def test_the_test_loss_changes_nothing_and_knows_no_batches(splits, trained, priors):
-    data = run_tensors(MULTI, splits.test, priors.test)
-    before, model = weights_hash(trained.model), trained.model.train()
-    scores = [evaluate_loss(model, data, training.MULTI, size) for size in (1, 3, 8)]
-    assert weights_hash(model) == before and model.training
-    for other in scores[1:]:
-        assert other == pytest.approx(scores[0], rel=1e-5)
-
-
 # whole runs
 
 def test_two_runs_in_two_places_write_the_same_bytes(tmp_path, monkeypatch):
@@ -392,8 +371,3 @@ def test_the_notebooks_have_neutral_defaults(repository, name):
     runs.config_of(TrainConfig, defaults)
     assert defaults["data"] == "phantom" and defaults["device"] == "cpu" and defaults["output"] == defaults["checkpoints"] == ""
     assert {defaults.get(each) for each in ("n_train", "n_test", "n_unlabelled")} == {None}
-
-
-def test_the_data_can_be_split_only_into_what_is_there():
-    with pytest.raises(ConfigError):
-        load_splits("phantom", size=32, n_train=0)

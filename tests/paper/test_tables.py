@@ -9,9 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import torch  # noqa: F401  (a record names the device once it is loaded)
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from covidsev.core import ConfigError, CovidSevError, read_json, repo_root, write_csv, write_json
 from covidsev.data.phantom import demo_slice, to_uint8
