@@ -603,10 +603,10 @@ def imports_of(source: str, module: str = "") -> set[tuple[str, str]]:
     module: where the text stands, for relative imports. `ConfigError` for a module that is not
     there."""
     known, found = library_modules(), set()
-    for node in ast.walk(_parse(source)):
+    for node in _import_statements(source):
         if isinstance(node, ast.Import):
             found |= {(alias.name, "") for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = _base(node, module)
             full = {alias.name: f"{base}.{alias.name}" for alias in node.names}
             found |= {(path, "") if path in known else (base, name) for name, path in full.items()}
@@ -615,6 +615,12 @@ def imports_of(source: str, module: str = "") -> set[tuple[str, str]]:
     for name in {name for name, _ in ours} - set(known):
         raise ConfigError(f"no module {name!r} in this library", fix=suggest(name, known))
     return ours
+
+
+@functools.lru_cache(maxsize=128)
+def _import_statements(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """Those of a text, anywhere in it."""
+    return tuple(node for node in ast.walk(_parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom)))
 
 
 def _parse(source: str) -> ast.Module:
