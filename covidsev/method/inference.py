@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MIRRORS', 'WINDOW', 'BOX_MARGIN_MM', 'NOMINAL_WIDTH_MM', 'Box', 'TASKS', 'PHANTOM_WINDOW', 'MODEL_FORMAT',
-           'LUNG_MARGIN_MM', 'EXPORTED', 'WEIGHTS_FILE', 'CARD_METRICS', 'ONNX_OPSET', 'PARITY', 'logits_of',
-           'iterate_logits', 'slice_logits', 'predict_slices', 'predict_classes', 'fit_temperature', 'as_volume',
-           'as_scan_array', 'lung_box', 'training_view', 'network_slices', 'SecondStage', 'segment_scan', 'ModelInfo',
-           'build_for', 'model_bytes', 'card_path', 'model_card', 'save_model', 'load_model', 'Segmenter',
+           'LUNG_MARGIN_MM', 'LUNG_PIECE', 'EXPORTED', 'WEIGHTS_FILE', 'CARD_METRICS', 'ONNX_OPSET', 'PARITY',
+           'logits_of', 'iterate_logits', 'slice_logits', 'predict_slices', 'predict_classes', 'fit_temperature',
+           'as_volume', 'as_scan_array', 'lung_box', 'training_view', 'network_slices', 'SecondStage', 'segment_scan',
+           'ModelInfo', 'build_for', 'model_bytes', 'card_path', 'model_card', 'save_model', 'load_model', 'Segmenter',
            'load_segmenter', 'find_lungs', 'segment', 'run_info', 'export_run', 'Parity', 'import_onnx', 'OneOutput',
            'onnx_bytes', 'check_parity', 'save_onnx']
 
@@ -32,6 +32,7 @@ import safetensors.torch
 import torch
 from numpy.typing import ArrayLike
 from safetensors import SafetensorError
+from scipy import ndimage
 from scipy.optimize import brentq
 from torch import nn
 
@@ -482,16 +483,29 @@ def load_segmenter(weights: str | Path | None, weights_multi: str | Path | None 
 LUNG_MARGIN_MM = 16.0  # what the training slices of the lung network show around the lungs
 
 
-def find_lungs(scan: Scan, segmenter: Segmenter, *, device: str = "cpu", batch_size: int = 8,
-               tta: bool = False) -> np.ndarray:
+LUNG_PIECE = 0.01  # of all that was found: smaller pieces are no lung
+
+
+def _large_pieces(mask: np.ndarray, body: np.ndarray | None) -> np.ndarray:
+    """`mask` (uint8 0/1) within `body`, without pieces below 1 % of it."""
+    pieces, count = ndimage.label(mask if body is None else mask & body)
+    sizes = sum(np.bincount(plane.ravel(), minlength=count + 1) for plane in np.moveaxis(pieces, -1, 0))
+    sizes[0] = 0
+    return (sizes >= max(1, LUNG_PIECE * sizes.sum()))[pieces].astype(np.uint8)
+
+
+def find_lungs(scan: Scan, segmenter: Segmenter, body: np.ndarray | None = None, *, device: str = "cpu",
+               batch_size: int = 8, tta: bool = False) -> np.ndarray:
     """Lungs, uint8 0/1 of the shape of `scan.hu`, by a network with structure "lungs": first on whole slices,
-    then once more in the box around what was found, as its training slices were cut."""
+    then once more in the box around what was found, as its training slices were cut; within `body` (bool), since
+    a network that has hardly seen the air around a patient takes some of it for lung."""
     options = {"size": segmenter.size, "threshold": segmenter.threshold, "device": resolve_device(device),
                "batch_size": batch_size, "tta": tta, "kind": segmenter.kind, "window": segmenter.window}
-    first = segment_scan(scan, segmenter.model, **options)
+    first = _large_pieces(segment_scan(scan, segmenter.model, **options), body)
     if not first.any() or segmenter.kind == "phantom":
         return first
-    return segment_scan(scan, segmenter.model, **options, box=lung_box(first, scan.spacing_mm, LUNG_MARGIN_MM))
+    box = lung_box(first, scan.spacing_mm, LUNG_MARGIN_MM)
+    return _large_pieces(segment_scan(scan, segmenter.model, **options, box=box), body)
 
 
 def segment(scan: Scan, segmenter: Segmenter, lungs: np.ndarray | None = None, *, device: str = "cpu",

@@ -162,20 +162,47 @@ def _fill_planes(mask: np.ndarray) -> np.ndarray:
     return filled
 
 
-def _open_lungs(planes: np.ndarray, body: np.ndarray) -> np.ndarray:
-    """bool (Z, Y, X): lung-like parts outside the body that are open to the edge of a picture, but to no corner."""
+def _open_pieces(outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbered pieces of the outside (Y, X) of a body, and which of them are large and open to the edge."""
+    pieces, count = ndimage.label(outside)
+    large = np.bincount(pieces.ravel(), minlength=count + 1) >= OPEN_SHARE * outside.size
+    large[0] = False
+    return pieces, np.intersect1d(np.flatnonzero(large), _border(pieces))
+
+
+def _corner(shape: tuple[int, ...]) -> int:
+    return max(n // 40 for n in shape) + 1
+
+
+def _bright_open(plane: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """bool (Y, X): open pieces that reach no corner and are brighter than the air there."""
+    pieces, open_ = _open_pieces(outside)
+    corner = _corner(plane.shape)
+    ends = np.r_[np.s_[:corner], np.s_[-corner:0]]
+    air = np.setdiff1d(pieces[np.ix_(ends, ends)], [0])
+    black = np.max(ndimage.mean(plane, pieces, air), initial=-np.inf) + 8
+    return np.isin(pieces, [n for n in np.setdiff1d(open_, air) if plane[pieces == n].mean() > black])
+
+
+def _deep_open(outside: np.ndarray) -> np.ndarray:
+    """bool (Y, X): open pieces whose deepest point lies inside the picture, as it does in a lung that the picture
+    cuts; none where air runs from corner to corner, above or below."""
+    pieces, open_ = _open_pieces(outside)
+    if not open_.size or any(left == right > 0 for left, right in (pieces[0, [0, -1]], pieces[-1, [0, -1]])):
+        return np.zeros_like(outside)
+    depth, corner = ndimage.distance_transform_edt(outside), _corner(outside.shape)
+    deepest = ndimage.maximum_position(depth, pieces, open_)
+    return np.isin(pieces, [n for n, place in zip(open_, deepest)
+                            if all(corner <= at < size - corner for at, size in zip(place, outside.shape))])
+
+
+def _open_lungs(planes: np.ndarray, body: np.ndarray, tissue: np.ndarray) -> np.ndarray:
+    """bool (Z, Y, X): lungs outside the body, open to the edge of a picture; `tissue`: with walls too thin for a
+    body."""
     lungs = np.zeros_like(body)
-    for k, (plane, inside) in enumerate(zip(planes, body)):
-        pieces, count = ndimage.label(~inside)
-        numbers = np.arange(1, count + 1)
-        corner = np.max([v // 40 for v in plane.shape]) + 1
-        ends = np.r_[np.s_[:corner], np.s_[-corner:0]]
-        air = np.isin(numbers, pieces[np.ix_(ends, ends)])
-        mean = ndimage.mean(plane, pieces, numbers) if count else np.zeros(0)
-        black = mean[air].max(initial=-np.inf) + 8
-        size = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
-        keep = ~air & (size >= OPEN_SHARE * plane.size) & (mean > black) & np.isin(numbers, _border(pieces))
-        lungs[k] = np.isin(pieces, numbers[keep])
+    for k, (plane, outside, thin) in enumerate(zip(planes, ~body, ~(body | tissue))):
+        if outside.any() and not outside.all():
+            lungs[k] = _bright_open(plane, outside) | _deep_open(outside) | _deep_open(thin)
     return lungs
 
 
@@ -190,7 +217,7 @@ def _body(planes: np.ndarray, unit: str, sizes: Sizes) -> np.ndarray:
     pixels = int(np.clip(round(1.5 / (step * sizes.x)), 1, 2))
     body = _fill_planes(_largest(grow(shrink(tissue, pixels), pixels)))
     if unit == "grey":
-        body |= _open_lungs(planes[:, ::step, ::step], body)
+        body |= _open_lungs(planes[:, ::step, ::step], body, tissue)
     if step == 1:
         return body
     fine = body.repeat(step, axis=2).repeat(step, axis=1)[:, :planes.shape[1], :planes.shape[2]]

@@ -295,11 +295,13 @@ def test_sides_that_change_in_a_band_of_slices_are_put_right(patient, inverted):
     assert given_lungs(lungs, spacing, situs_inversus=inverted).warnings == []
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_lungs_that_are_open_to_the_edge_of_a_cropped_figure_are_kept(seed):
+@pytest.mark.parametrize("seed, margin", [(0, 99), (1, 99), (2, 99), (0, 2), (1, 2), (3, 2)])  # 2: cut to the lungs
+def test_lungs_that_are_open_to_the_edge_of_a_cropped_figure_are_kept(seed, margin):
     one = phantom_slice(seed, 160)
-    columns = np.flatnonzero(one.lungs.any(axis=0))
-    figure, lungs = (array[:, columns[0] + 5:columns[-1] - 4] for array in (to_uint8(one.hu), one.lungs))
+    rows, columns = (np.flatnonzero(one.lungs.any(axis=axis)) for axis in (1, 0))
+    side = 5 if margin > 2 else 3
+    box = np.s_[max(0, rows[0] - margin):rows[-1] + margin, columns[0] + side:columns[-1] + 1 - side]
+    figure, lungs = to_uint8(one.hu)[box], one.lungs[box]
     mask = segment_lungs(figure, None, "grey")  # no infection given
     assert all(dice(mask.labels == side, lungs == side) > 0.88 for side in (1, 2))
     assert "lung_at_border" in names(mask.warnings)
