@@ -384,7 +384,7 @@ def test_weights_are_verified_before_anything_is_loaded(monkeypatch, patient, we
     altered.write_bytes(weights.read_bytes() + b"x")
     for given, error, text in [
             ({"weights": weights, "sha256": "00" * 32}, ChecksumError, "other weights"),
-            ({"weights": altered}, ChecksumError, "WORDS"), ({"weights": unnamed}, ConfigError, "SHA-256"),
+            ({"weights": altered}, ChecksumError, "other weights"), ({"weights": unnamed}, ConfigError, "SHA-256"),
             ({"weights": tmp_path / "none-00000000.pth"}, ConfigError, "not there"),
             ({"weights": weights, "model": "R232"}, ConfigError, "R231"),
             ({"weights": weights, "device": "cuda:99"}, ConfigError, "cuda:99")]:
