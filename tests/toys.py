@@ -56,6 +56,32 @@ def write_nifti(path: Path, array: Any, affine: Any, **fields: Any) -> Path:
     return path
 
 
+def write_patients(folder: Path) -> Path:
+    """Two phantoms as NIfTI files in RAS order: their scans, and masks of infection, classes, lungs and lobes."""
+    from covidsev.data.phantom import phantom_volume
+
+    for seed, name in enumerate(("anna", "ben"), 5):
+        patient = phantom_volume(seed, (14, 80, 80), ggo_fraction=0.2)
+        for place, planes in (("scans", patient.hu.astype(np.int16)), ("masks", np.uint8(patient.labels > 0)),
+                              ("classes", patient.labels), ("lungs", patient.lungs), ("lobes", patient.lobes)):
+            tail = {"classes": "_mask", "lungs": "_lungs"}.get(place, "")
+            write_nifti(folder / place / f"{name}{tail}.nii.gz", planes[:, ::-1, ::-1].transpose(2, 1, 0),
+                        np.diag([*patient.spacing_mm[::-1], 1.0]))
+    return folder
+
+
+def write_weights(path: Path, seed: int = 0) -> Path:
+    """A file of untrained weights."""
+    import torch
+
+    from covidsev.method.inference import ModelInfo, save_model
+    from covidsev.method.unets import build_network
+
+    torch.manual_seed(seed)
+    info = ModelInfo("single", "infnet", 64, backbone="small", threshold=0.45, data_kind="phantom")
+    return save_model(path, build_network("infnet", "small"), info)
+
+
 PLANTED = ("PLANTEDNAME", "PLANTEDID", "19010101", "PLANTEDHOSPITAL", "PLANTEDDOCTOR", "PLANTEDTEXT")
 
 

@@ -6,93 +6,31 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import nibabel
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from toys import PLANTED, dicom_series, write_nifti
+from toys import PLANTED, dicom_series, write_nifti, write_weights
 
 from covidsev.core import (CheckpointError, ConfigError, CovidSevError, GeometryError, MaskError, read_json,
                            sha256_file)
-from covidsev.data.phantom import phantom_volume, to_uint8
+from covidsev.data.phantom import to_uint8
 from covidsev.data.scans import turn_picture
-from covidsev.method.inference import ModelInfo, save_model
-from covidsev.method.unets import build_network
 from covidsev.severity import cases
 from covidsev.severity.cases import MANIFEST, find_all, finished, prepare, process_case, process_cases
 from covidsev.severity.inputs import Options, list_cases
 from covidsev.severity.lungs import LungSegmentationError
-from covidsev.severity.reports import Shown
-
-
-def ras(planes):
-    return planes[:, ::-1, ::-1].transpose(2, 1, 0)
 
 
 def save(path, array, spacing):
     return write_nifti(path, array, np.diag([*spacing, 1.0]))
 
 
-@pytest.fixture(scope="module")
-def clinic(tmp_path_factory):
-    """Two patients as NIfTI files, with masks of infection, lungs and lobes."""
-    folder = tmp_path_factory.mktemp("clinic")
-    for seed, name in ((5, "anna"), (6, "ben")):
-        patient = phantom_volume(seed, (14, 80, 80), ggo_fraction=0.2)
-        for place, array in (("scans", patient.hu.astype(np.int16)), ("masks", np.uint8(patient.labels > 0)),
-                             ("classes", patient.labels), ("lungs", patient.lungs), ("lobes", patient.lobes)):
-            tail = {"classes": "_mask", "lungs": "_lungs"}.get(place, "")
-            save(folder / place / f"{name}{tail}.nii.gz", ras(array), patient.spacing_mm[::-1])
-    return folder
-
-
-def weights(path, seed):
-    torch.manual_seed(seed)
-    info = ModelInfo("single", "infnet", 64, backbone="small", threshold=0.45, data_kind="phantom")
-    return save_model(path, build_network("infnet", "small"), info)
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    """Options that predict, with (untrained) weights."""
-    return Options(weights=weights(tmp_path_factory.mktemp("network") / "single.safetensors", 0), phantom=True)
-
-
-class Files(NamedTuple):
-    """The files of one patient."""
-
-    scan: Path
-    mask: Path
-    lungs: Path
-
-    def options(self, **others):
-        return Options(infection=self.mask, **others)
-
-
-@pytest.fixture
-def anna(clinic):
-    return Files(*(clinic / name for name in ("scans/anna.nii.gz", "masks/anna.nii.gz", "lungs/anna_lungs.nii.gz")))
-
-
 def raising(error):
     def broken(*_, **__):
         raise error
     return broken
-
-
-@pytest.fixture(autouse=True)
-def quick_pictures(request, monkeypatch):
-    """Drawing takes most of the time of a small case; where pictures do not matter, there is a small one."""
-    if "real_pictures" not in request.fixturenames:
-        monkeypatch.setattr(cases, "_pictures", lambda *_: [Shown("slice", np.zeros((4, 4, 3), np.uint8))])
-
-
-@pytest.fixture
-def real_pictures():
-    """Asked for by tests that want the real ones."""
 
 
 @pytest.fixture
@@ -348,7 +286,7 @@ def test_weights_are_part_of_the_key(anna, network, tmp_path):
     out, options = tmp_path / "out", replace(network, task="segment")
     process_cases(anna.scan, out, options)
     assert process_cases(anna.scan, out, options, resume=True).n_resumed == 1
-    other = replace(options, weights=weights(tmp_path / "other.safetensors", seed=9))
+    other = replace(options, weights=write_weights(tmp_path / "other.safetensors", seed=9))
     assert process_cases(anna.scan, out, other, resume=True).n_resumed == 0
 
 
