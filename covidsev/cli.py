@@ -11,6 +11,7 @@ __all__ = ['INTERRUPTED', 'run_cleanly', 'CleanGroup', 'main', 'ListedCommand', 
 import ast
 import contextlib
 import json
+import os
 import re
 import signal
 import sys
@@ -35,6 +36,11 @@ def _terminated(number: int, frame: Any) -> None:
     sys.exit(128 + number)
 
 
+def _colour() -> bool | None:
+    """False where no colour is wanted; None leaves it to whether a terminal is there."""
+    return False if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else None
+
+
 def run_cleanly(work: Callable[[], Any]) -> int:
     """Runs `work` and returns an exit status; a known error is printed to stderr without a
     traceback."""
@@ -49,20 +55,44 @@ def run_cleanly(work: Callable[[], Any]) -> int:
         click.echo("interrupted; a rerun goes on from the last checkpoint", err=True)
         return INTERRUPTED
     except (CovidSevError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
+        text = re.sub(r"\n  expected: .{200,}", "", str(error))  # the remedy names the nearest, or all
+        click.echo(f"{click.style('error:', fg='red')} {text}", err=True, color=_colour())
         return getattr(error, "exit_code", 1)
     return result if isinstance(result, int) else 0
 
 
+class _Formatter(click.HelpFormatter):
+    """Headings in bold."""
+
+    def write_heading(self, heading: str) -> None:
+        super().write_heading(click.style(heading, bold=True))
+
+
+class _Context(click.Context):
+    formatter_class = _Formatter
+
+
 class CleanGroup(click.Group):
-    """A click group that ends with the exit status of `run_cleanly`."""
+    """A click group that ends with the exit status of `run_cleanly`; `sections` are the headings of
+    its commands."""
+
+    context_class = _Context
+    sections: dict[str, str] = {}
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """As in click, but errors of this library are messages."""
+        extra.setdefault("color", _colour())
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
         sys.exit(run_cleanly(lambda: super(CleanGroup, self).main(*args, standalone_mode=False,
                                                                   **extra)))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The first sentence of each command, whole."""
+        for title, names in (self.sections or {"Commands": " ".join(sorted(self.commands))}).items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(200))
+                                    for name in names.split()])
 
 
 @click.group(cls=CleanGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,6 +100,10 @@ class CleanGroup(click.Group):
 def main() -> None:
     """Severity of COVID-19 from chest CT with self-supervised segmentation: a reproducible paper.
     Not a medical device."""
+
+
+main.sections = {"Scans": "demo severity segment", "Numbers of the paper": "reproduce render verify where",
+                 "Single networks": "train evaluate export bench", "Data and installation": "data info"}
 
 # %% ../nbs/90_cli.ipynb #cell-009
 def _as_option(each: Field) -> click.Option:
@@ -85,10 +119,15 @@ def _as_option(each: Field) -> click.Option:
 
 
 class ListedCommand(click.Command):
-    """A command whose options are also the fields of a class, in their groups; `listed` gives the
-    fields."""
+    """A command with its options in groups; `listed` gives fields of a class that are options too."""
 
+    context_class = _Context
     listed: Callable[[], list[Field]] | None = None
+    groups: dict[str, str] = {
+        **dict.fromkeys(("profile", "only", "rows", "row", "seeds", "seed", "pairs"), "What is run"),
+        **dict.fromkeys(("jobs", "minutes", "device", "force", "allow_dirty"), "How"),
+        **dict.fromkeys(("out", "data_root", "root"), "Where"),
+        **dict.fromkeys(("explain", "rehearse", "as_json", "sums", "claims"), "Something else instead")}
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The written options, then the listed ones, made when they are first asked for."""
@@ -109,16 +148,24 @@ class ListedCommand(click.Command):
                 formatter.write_dl(records)
 
 
-_PROFILE = click.option("--profile", default="smoke", show_default=True,
-                        help="smoke (phantom), cpu or paper (real slices).")
+CleanGroup.command_class = ListedCommand
+_PROFILE = click.option("--profile", default="smoke", show_default=True, metavar="smoke|hour|cpu|paper",
+                        help="smoke: the phantom; the others: real slices.")
 _OUT = click.option("--out", type=click.Path(file_okay=False),
                     help="Write results/, figures/ and checkpoints/ below this folder.")
-_DATA = click.option("--data-root",
+_DATA = click.option("--data-root", metavar="FOLDER",
                      help="Folder of the real data sets (default: COVIDSEV_DATA, then data/).")
-_DEVICE = click.option("--device",
-                       help="cpu, cuda, cuda:N or auto, instead of the profile's device.")
+_DEVICE = click.option("--device", metavar="cpu|cuda|cuda:N|auto",
+                       help="Instead of the profile's device.")
 _SET = click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE",
                     help="Change a parameter of the compute notebooks; repeatable.")
+
+
+def _examples(*lines: str) -> str:
+    """What stands under the options of a command."""
+    return "\n".join(["\b", "Examples:", *(f"  covidsev {line}" for line in lines)])
+
+
 _FOLDER = click.Path(exists=True, file_okay=False)
 
 # %% ../nbs/90_cli.ipynb #cell-011
@@ -142,7 +189,7 @@ def _installation() -> dict[str, Any]:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def info(as_json: bool) -> None:
-    """Versions, data folder and profiles; at once, without loading torch."""
+    """Versions, data folder and profiles."""
     facts = _installation()
     if as_json:
         click.echo(json.dumps(facts, indent=1, sort_keys=True))
@@ -185,11 +232,13 @@ def show_results(root: Path, profile: str) -> None:
     click.echo(f"\nresults: {root / 'results' / profile}\nfigures: {root / 'figures' / profile}")
 
 
-@main.command()
+@main.command(epilog=_examples("reproduce", "reproduce --profile cpu --only table2 --explain",
+                               "reproduce --profile cpu --only train_single --row unet --seed 0"))
 @_PROFILE
 @click.option("--only", multiple=True, metavar="EXPERIMENT",
               help="Only this experiment and what it needs; repeatable.")
-@click.option("--row", "rows", multiple=True, help="Only this row, for example unet; repeatable.")
+@click.option("--row", "rows", multiple=True, metavar="ROW",
+              help="Only this row, for example unet; repeatable.")
 @click.option("--seed", "seeds", type=int, multiple=True, help="Only this seed; repeatable.")
 @click.option("--jobs", type=int,
               help="Runs side by side (default: as processors and memory allow).")
@@ -232,8 +281,8 @@ def reproduce(profile: str, only: tuple, rows: tuple, seeds: tuple, explain: boo
 @click.option("--allow-dirty", is_flag=True,
               help="Draw cpu or paper with changes that no commit holds.")
 def render(names: tuple, profile: str, out: str | None, allow_dirty: bool) -> None:
-    """Draw tables and figures again from the results that are there (all, or NAMES); seconds,
-    trains nothing."""
+    """Draw tables and figures again. All, or NAMES, from the results that are there: seconds, trains
+    nothing."""
     from covidsev.paper.experiments import find_experiment, load_registry
     from covidsev.paper.runner import reproduce as run
 
@@ -255,8 +304,7 @@ def data() -> None:
 
 @data.command("list")
 def list_data() -> None:
-    """What there is, with size, source, licence, citation and layout, and whether it can be
-    fetched."""
+    """What there is. Size, source, licence, citation and layout, and whether it can be fetched."""
     from covidsev.data.sources import cards, describe
 
     for card in cards().values():
@@ -270,7 +318,7 @@ def list_data() -> None:
 @click.option("--sha256", help="Hash of the mirror's archive.")
 @click.option("--force", is_flag=True, help="Fetch again even where a whole copy is there.")
 def get_data(name: str, root: str | None, url: str | None, sha256: str | None, force: bool) -> None:
-    """Fetch a data set, or say how to get it by hand; shows its licence first, checks files by
+    """Fetch a data set, or say how to get it by hand. Shows its licence first, checks files by
     hash."""
     from covidsev.data.sources import get_data as get
 
@@ -284,7 +332,7 @@ def get_data(name: str, root: str | None, url: str | None, sha256: str | None, f
 @click.option("--root",
               help="Data folder, or the folder of the data set in any of its known forms.")
 def check_data(name: str, root: str | None) -> int:
-    """Read a whole data set and list every fault at once; status 1 if there is one."""
+    """Read a whole data set and list every fault. Status 1 if there is one."""
     from covidsev.data.sources import check_data as check
 
     report = check(name, data_root(root))
@@ -414,9 +462,9 @@ def _process(task: str, path: str, out: str, resume: bool, words: dict[str, Any]
     return batch.exit_code
 
 
-def _scan_command(task: str, text: str) -> None:
+def _scan_command(task: str, text: str, *examples: str) -> None:
     """Adds the command for a task, with the options that `Options` has for it."""
-    @main.command(task, cls=ListedCommand, help=text)
+    @main.command(task, help=text, epilog=_examples(*examples))
     @click.argument("path", metavar="IN")
     @click.option("-o", "--out", required=True, type=click.Path(file_okay=False),
                   help="Folder for the results.")
@@ -427,18 +475,21 @@ def _scan_command(task: str, text: str) -> None:
     command.listed = lambda: _scan_fields(task)
 
 
-_scan_command("segment",
-              "Predict the infection mask of the scan IN, or of each scan in the folder IN.")
-_scan_command("severity", "Score the scan IN, or each scan in the folder IN: CT-SS, other scores, "
-              "masks and a report. IN: a NIfTI file, a DICOM folder, a picture, or a folder of "
-              "these. Not a medical device.")
+_scan_command("segment", "Mark the infection of a scan, or of each scan in a folder.",
+              "segment case.nii.gz -o masks")
+_scan_command("severity", "Score a scan, or each scan in a folder. CT-SS, other scores, masks and a "
+              "report. IN: a NIfTI file, a DICOM folder, a picture, or a folder of these. Not a "
+              "medical device.", "severity case.nii.gz -o out",
+              "severity imagesTr --infection labelsTr -o out  # case_0000 and case",
+              "severity Train --infection Train -o out        # case_ct and case_seg",
+              "severity slices -o out --window -600,1500")
 
 
 @main.command()
 @click.option("-o", "--out", default="covidsev-demo", show_default=True, type=click.Path(file_okay=False),
               help="Folder for the results.")
 def demo(out: str) -> None:
-    """Make a phantom scan with its infection mask, score it, and name the report."""
+    """Make a phantom scan with its infection mask, and score it."""
     from covidsev.severity.cases import demo as make
 
     click.echo(f"see {make(out, echo=click.echo)}")
@@ -453,8 +504,8 @@ def demo(out: str) -> None:
 @click.option("--onnx", is_flag=True,
               help="Write an ONNX file too, after checking that it answers the same.")
 def export(run: str, out: str, checkpoint: str | None, onnx: bool) -> None:
-    """Write the network of RUN (a folder like results/smoke/train_single/unet-seed0) as
-    safetensors, with a model card."""
+    """Write the network of a run as safetensors, with a model card. RUN: a folder like
+    results/smoke/train_single/unet-seed0."""
     from covidsev.core import sha256_file
     from covidsev.method.inference import card_path, export_run, import_onnx, load_model, save_onnx
 
@@ -548,6 +599,9 @@ def find_origins(name: str, registry: Any = None, root: str | Path | None = None
     root, registry = Path(root or repo_root()), registry or load_registry()
     if name.split("/")[0] in ("results", "figures") and "/" in name:
         return [_drawn(registry, _maker(registry, name), root)]
+    if made := [each.name for each in registry.experiments.values() for output in each.outputs
+                if f"/{output}".endswith(f"/{name}")]:
+        return [_drawn(registry, made[0], root)]
     every = [origin for path in sorted((root / "covidsev").rglob("[a-z]*.py"))
              for origin in _definitions(path, root)]
     notebooks = {path.stem: Origin(path.stem, path.relative_to(root).as_posix(), 0, "notebook")
@@ -573,8 +627,8 @@ def find_origins(name: str, registry: Any = None, root: str | Path | None = None
 @click.option("--out", type=click.Path(file_okay=False),
               help="Folder for the tables (default: results/benchmark).")
 def bench(what: str, out: str | None, **settings: Any) -> None:
-    """Measure training, evaluation and scoring (steps) and the severity of a scan (volume), or all,
-    against plain ones: ratios and memory."""
+    """Measure our steps against plain ones, as ratios. WHAT: steps (training, evaluation, scoring),
+    volume (severity of a scan), or all."""
     check_choice("benchmark", what, ("all", "steps", "volume"))
     folder = Path(out or repo_root() / "results" / "benchmark").resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -625,8 +679,8 @@ def _verify_again(profile: str, root: Path, rows: tuple, seeds: tuple, pairs: tu
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def verify(names: tuple, profile: str, out: str | None, sums: bool, claims: bool, rows: tuple,
            seeds: tuple, pairs: tuple, as_json: bool) -> int:
-    """Check the files of a profile by checksum, and its tables and figures (all, or NAMES) by
-    drawing them again; status 1 if one is missing or differs.
+    """Check results by checksum, tables and figures by drawing them again. All, or NAMES; status 1
+    if one is missing or differs.
 
     With --rerun: train committed rows again in the folder _again (what was stopped goes on), note
     what came out in results/PROFILE/reruns.csv; status 1 if a score lies outside the prediction
@@ -654,11 +708,11 @@ def verify(names: tuple, profile: str, out: str | None, sums: bool, claims: bool
     return 1 if faults else 0
 
 
-@main.command()
+@main.command(epilog=_examples("where infnet", "where ct_ss", "where table2", "where coach.png"))
 @click.argument("name")
 def where(name: str) -> None:
-    """Name the notebook and cell that a module, a definition, a table, a figure or a result file
-    comes from."""
+    """Say which notebook and cell something comes from. NAME: a module, a definition, a notebook, a
+    table, a figure, or a file of the results."""
     for origin in find_origins(name):
         click.echo(origin)
 

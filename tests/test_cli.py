@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit statuses, clean messages, nothing heavy loaded, interruption."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 
 from covidsev.cli import main, run_cleanly
 from covidsev.core import CheckpointError, ConfigError, NonFiniteError, RunLockedError, run_lock
+from covidsev.paper.experiments import load_registry
 from covidsev.severity.inputs import TASKS, Options
 
 COMMAND = [sys.executable, "-c", "from covidsev.cli import main; main()"]
@@ -64,6 +66,34 @@ def test_the_command_has_every_option_and_the_class_too():
         if each.metadata:
             assert f"--{each.name.replace('_', '-')} " in text and f"{each.metadata['group']}:" in text
             assert (f"--{each.name.replace('_', '-')} " in call("segment", "--help")[1]) == ("segment" in each.metadata.get("tasks", TASKS))
+
+
+def test_help_shows_each_command_once_with_a_whole_sentence():
+    text = call("--help")[1]
+    listed = [name for names in main.sections.values() for name in names.split()]
+    assert sorted(listed) == sorted(main.commands) and "..." not in (text + call("data", "--help")[1]).replace("[ARGS]...", "")
+    shown, *_ = re.findall(r"--profile (\S+)", call("reproduce", "--help")[1])
+    assert set(shown.split("|")) == set(load_registry().profiles)
+    for name in listed:
+        assert f"\n  {name} " in text
+
+
+def test_colour_only_where_it_is_wanted():
+    coloured, plain = (CliRunner(env={"NO_COLOR": value, "TERM": "xterm"}).invoke(main, ["--help"], color=True).output for value in ("", "1"))
+    assert "\x1b[1mScans" in coloured and "\x1b" not in plain and "Scans:" in plain
+
+
+def test_a_wrong_row_is_answered_in_few_words(tmp_path):
+    text = call("reproduce", "--row", "unett", "--out", tmp_path)[1]
+    assert "did you mean 'unet'?" in text and len(text) < 200
+
+
+@pytest.mark.parametrize("name, notebook", [
+    ("infnet", "nbs/2_method/03_infnet.ipynb"), ("03_infnet.ipynb", "nbs/2_method/03_infnet.ipynb"), ("CoachNet", "nbs/2_method/07_coach.ipynb"),
+    ("table2", "nbs/experiments/table2_dice.ipynb"), ("coach.png", "nbs/experiments/figure_coach.ipynb"),
+    ("tables/claims.csv", "nbs/experiments/findings.ipynb"), ("figures/cpu/coach.svg", "nbs/experiments/figure_coach.ipynb")])
+def test_where_knows_modules_notebooks_tables_and_figures(name, notebook):
+    assert notebook in call("where", name)[1]
 
 
 def test_console_script_is_installed():

@@ -8,6 +8,7 @@ __all__ = ['TASKS', 'UPRIGHT', 'PICTURE_AXES', 'MASKS', 'LUNG_ENGINES', 'PACKAGE
 
 # %% ../../nbs/3_severity/03_inputs.ipynb #cell-002
 import os
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -52,33 +53,35 @@ class Options:
                                              metavar="RAS")
     nan_fill: float | None = _option(_READ, None, "Value for voxels that are no numbers.", type=float)
     volume: int | None = _option(_READ, None, "Which of a 4-D file, or which series, largest first.", type=int)
-    first_slice: str = _option(_READ, "top", "The first picture of a stack: top or bottom.")
-    pictures: str = _option(_READ, "stack", "Pictures in one folder: stack (one case) or slices (each a case).")
+    first_slice: str = _option(_READ, "top", "Where the first picture of a stack lies.", metavar="top|bottom")
+    pictures: str = _option(_READ, "stack", "Pictures in one folder: a stack is one case, slices are one each.",
+                            metavar="stack|slices")
     picture_axes: str = _option(_READ, UPRIGHT, "Where rows and columns of pictures run: PL upright; LP, lying, "
-                                "as COVID-SemiSeg.")
+                                "as COVID-SemiSeg.", metavar="PL|LP")
     phantom: bool = _option(_READ, False, "The scan is a phantom, not a patient.")
     infection: str | Path | None = _option(_MASK, None, "Infection mask, or a folder of them; then no network is "
-                                           "needed.", tasks=("severity",))
-    lungs: str | Path | None = _option(_MASK, None, "Lung mask (1 right, 2 left), or a folder of them.")
-    lobes: str | Path | None = _option(_MASK, None, "Lobe mask (1..5), or a folder of them.")
+                                           "needed.", tasks=("severity",), metavar="PATH")
+    lungs: str | Path | None = _option(_MASK, None, "Lung mask (1 right, 2 left), or a folder of them.",
+                                       metavar="PATH")
+    lobes: str | Path | None = _option(_MASK, None, "Lobe mask (1..5), or a folder of them.", metavar="PATH")
     label_map: Mapping[str, Mapping[int, int]] = _option(
         _MASK, dict, "What values mean: of the infection mask, or lungs:..., lobes:...",
         metavar="[MASK:]VALUE=LABEL,...")
     binarize: Mapping[str, float] = _option(_MASK, dict, "Above T is 1: for grey masks.", metavar="[MASK:]T")
     ignore_affine: bool = _option(_MASK, False, "Trust the order of the voxels of a mask.")
     situs_inversus: bool = _option(_MASK, False, "The right lung really lies on the left.")
-    lung_engine: str = _option(_NET, "auto", "auto (the network that comes with covidsev, else classical), "
-                               "network, classical, lungmask or totalsegmentator.")
+    lung_engine: str = _option(_NET, "auto", "auto: the network that comes with covidsev, else classical.",
+                               metavar="auto|network|classical|lungmask|totalsegmentator")
     lung_model: str | None = _option(_NET, None, "Model of lungmask.")
-    lung_weights: str | Path | None = _option(_NET, None, "Weights of the lung engine.")
-    lung_weights_sha256: str | None = _option(_NET, None, "Their expected hash.")
+    lung_weights: str | Path | None = _option(_NET, None, "Weights of the lung engine.", metavar="FILE")
+    lung_weights_sha256: str | None = _option(_NET, None, "Their expected hash.", metavar="HEX")
     weights: str | Path | None = _option(_NET, None, "Single-class network, a .safetensors file; without it the one "
-                                         "that comes with covidsev.")
-    weights_multi: str | Path | None = _option(_NET, None, "Multi-class network behind it.")
-    weights_sha256: str | None = _option(_NET, None, "Expected hash of --weights.")
+                                         "that comes with covidsev.", metavar="FILE")
+    weights_multi: str | Path | None = _option(_NET, None, "Multi-class network behind it.", metavar="FILE")
+    weights_sha256: str | None = _option(_NET, None, "Expected hash of --weights.", metavar="HEX")
     threshold: float | None = _option(_NET, None, "Instead of the one in the weights file.", type=float)
     tta: bool = _option(_NET, False, "Average over mirror images.")
-    device: str = _option(_NET, "cpu", "cpu, cuda or auto.")
+    device: str = _option(_NET, "cpu", "Where the networks run.", metavar="cpu|cuda|auto")
     batch_size: int = _option(_NET, 8, "Slices at a time.")
     strict: bool = _option(_RESULT, False, "A suspicious lung mask is an error.", tasks=("severity",))
     level: float | None = _option(_RESULT, None, "Height of a single slice: 0 apex to 1 base.", type=float,
@@ -274,6 +277,13 @@ class Case(NamedTuple):
     masks: dict[str, Path]
 
 
+def _scans_alone(found: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """Without the masks x_seg beside scans x_ct, as COVID-19-20 has them."""
+    names = {name for name, _ in found}
+    return [(name, path) for name, path in found
+            if not name.endswith("_seg") or f"{name.removesuffix('_seg')}_ct" not in names]
+
+
 def _pair_masks(what: str, given: Path, cases: Sequence[tuple[str, Path]], path: Path,
                 pictures: str) -> dict[str, Path]:
     """Case name -> mask of kind `what`; `MaskError` listing what is left over on either side."""
@@ -284,8 +294,10 @@ def _pair_masks(what: str, given: Path, cases: Sequence[tuple[str, Path]], path:
     if given.is_file():
         raise ConfigError(f"one {what} mask for {len(cases)} cases", file=given,
                           fix="give a folder with a mask for each case")
-    masks = dict(find_cases(given, pictures=pictures))
-    paired = {name: [mask for mask in masks if mask in {name + ending for ending in _ENDINGS}]
+    scans = [scan for _, scan in cases]
+    masks = {name: mask for name, mask in find_cases(given, pictures=pictures) if mask not in scans}
+    stems = {name: {name, re.sub("_(0000|ct)$", "", name)} for name, _ in cases}  # nnU-Net, COVID-19-20
+    paired = {name: [mask for mask in masks if mask in {stem + end for stem in stems[name] for end in _ENDINGS}]
               for name, _ in cases}
     used = {mask for found in paired.values() for mask in found}
     faults = [f"{name}: no mask" for name, found in paired.items() if not found]
@@ -301,7 +313,7 @@ def _pair_masks(what: str, given: Path, cases: Sequence[tuple[str, Path]], path:
 def list_cases(path: str | Path, options: Options = Options()) -> list[Case]:
     """Every case at `path` with its masks. `ConfigError` or `MaskError` where that is not clear."""
     path = Path(path)
-    cases = find_cases(path, pictures=options.pictures)
+    cases = _scans_alone(find_cases(path, pictures=options.pictures))
     masks = {what: _pair_masks(what, Path(getattr(options, what)), cases, path, options.pictures)
              for what in MASKS if getattr(options, what) is not None}
     reserved = sorted({name for name, _ in cases} & set(RESERVED))
