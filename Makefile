@@ -20,7 +20,7 @@ SHELL := /bin/bash
 # JupyterLab opens notebooks in the environment made here, not in a kernel that is registered under the same name
 export JUPYTER_PREFER_ENV_PATH = 1
 .DEFAULT_GOAL := help
-.PHONY: reproduce test bench lab docs render readme pictures clean help
+.PHONY: reproduce test bench lab docs render outputs readme pictures clean help
 
 reproduce: $(STAMP) ## run every experiment and draw the tables: PROFILE=smoke (phantom, minutes), cpu or paper (real data)
 	@$(BIN)/covidsev reproduce --profile $(PROFILE)
@@ -37,7 +37,7 @@ bench: $(STAMP) ## measure our training step, evaluation and severity of a scan 
 
 # a notebook as argument would make its folder the root, and results and figures could not be opened
 lab: $(STAMP) ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb
+	@$(BIN)/jupyter lab --config=docs/jupyter_config.py --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 docs: $(VENV)/.docs-installed ## build the site of notebooks, results and reference into _docs/html; look for dead links
 	@$(BIN)/python docs/book.py _docs/source
@@ -48,6 +48,10 @@ docs: $(VENV)/.docs-installed ## build the site of notebooks, results and refere
 
 render: $(STAMP) ## draw tables and figures again from results that are there: PROFILE=smoke, cpu or paper
 	@$(BIN)/covidsev render --profile $(PROFILE)
+
+outputs: $(STAMP) ## run again what notebooks show of results that changed, then write README.md and its pictures
+	@$(BIN)/python docs/outputs.py
+	@$(MAKE) --no-print-directory readme pictures
 
 # The front door is a notebook; links that are relative to nbs/ become relative to the top.
 README ?= README.md

@@ -18,6 +18,7 @@ from pathlib import Path
 from covidsev.paper.experiments import Registry, load_registry
 
 import shape
+from outputs import profile_of
 from shape import library, module_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,13 +33,10 @@ PARTS = {
 }
 FENCE_OR_CODE = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]*`)", re.S)
 LINK = re.compile(r"(!?\[[^\]\n]*\])\(([^)\s]+)\)")
-AS_RUN = (
-    "As executed in the profile `smoke`: tiny networks on the embedded phantom. It shows what the notebook "
-    "does; the numbers of each profile are under *Results*."
-)
+AS_RUN = ("As executed in the profile `smoke`: tiny networks on the embedded phantom. It shows what the notebook "
+          "does; the numbers of each profile are under *Results*.")
 DRAWN = "As drawn from the results of the profile `cpu`, on real slices; it shows none of them."
-SLICES = {"figure_qualitative", "figure_coach", "figure_reconstruction"}  # pictures of slices are in these
-NOT_RUN = "Not executed where this site was built: `make reproduce` runs it on the phantom."
+NOT_RUN = "Not executed: it answers for one machine alone."
 Files = dict[str, bytes]
 
 
@@ -155,22 +153,6 @@ def head_of(notebook: dict) -> tuple[str, str]:
     return (title[1].strip() if title else "Untitled", quote[1].strip() if quote else "")
 
 
-def executed(root: Path, name: str, registry: Registry) -> tuple[Path | None, str]:
-    """The notebook of experiment `name` as it was run here, and what to say of it.
-
-    One that draws tables or curves: from the results of `cpu`. Any other: in `smoke`, on the phantom, so that no
-    page ever holds a real slice."""
-    known = registry.experiments.get(name)
-    places = {"cpu": [root / "results" / "cpu" / name]} if known and known.kind == "render" and name not in SLICES else {}
-    rows = list(known.rows) if known else []
-    places["smoke"] = [root / "results" / "smoke" / name / part for part in ("", *(f"{row}-seed0" for row in rows))]
-    for profile, folders in places.items():
-        for folder in folders:
-            if (folder / "executed.ipynb").is_file():
-                return folder / "executed.ipynb", DRAWN if profile == "cpu" else AS_RUN
-    return None, NOT_RUN
-
-
 def library_pages(root: Path) -> Files:
     """The library notebooks, the front door and the quarter of an hour behind it."""
     paths = [*(root / "nbs" / f"{name}.ipynb" for name in ("index", "quarter_hour")), *library(root)]
@@ -180,12 +162,13 @@ def library_pages(root: Path) -> Files:
 
 
 def experiment_pages(root: Path, registry: Registry) -> Files:
-    """The experiment notebooks: as they were executed here, else without outputs."""
+    """The experiment notebooks with the outputs that they keep, and where these come from."""
     pages = {}
     for path in sorted((root / "nbs" / "experiments").glob("*.ipynb")):
-        run, note = executed(root, path.stem, registry)
-        page = page_of(read_json(run or path), f"nbs/experiments/{path.name}", note)
-        pages[f"experiments/{path.name}"] = dump(page)
+        notebook = read_json(path)
+        shown = any(cell.get("outputs") for cell in notebook["cells"])
+        note = {"cpu": DRAWN, "smoke": AS_RUN}[profile_of(registry, path.stem)] if shown else NOT_RUN
+        pages[f"experiments/{path.name}"] = dump(page_of(notebook, f"nbs/experiments/{path.name}", note))
     return pages
 
 
@@ -263,6 +246,7 @@ def results_pages(root: Path, pages: Files, registry: Registry) -> Files:
     made: Files = {}
     profiles = sorted(path.name for path in (root / "results").glob("*") if (path / "tables").is_dir())
     profiles += sorted({path.name for path in (root / "figures").glob("*") if path.is_dir()} - set(profiles))
+    profiles = [name for name in profiles if name in registry.profiles and registry.profiles[name].committed]
     for profile in profiles:
         made |= profile_page(root, profile, pages, registry)
     made |= published_page(root)
@@ -275,52 +259,106 @@ def results_pages(root: Path, pages: Files, registry: Registry) -> Files:
 
 
 def profile_page(root: Path, profile: str, pages: Files, registry: Registry) -> Files:
-    """A page a table, one with the figures, and one that lists them."""
+    """A page a table, one with the figures, one an experiment with its runs, and one that lists them."""
     made: Files = {}
     title = registry.profiles[profile].title if profile in registry.profiles else ""
     folder = root / "results" / profile / "tables"
     tables = [path for path in folder.glob("*.md") if path.stem not in ("claims", "findings")]  # on their own page
     names = sorted((path.stem for path in tables), key=natural)
+    runs, targets = runs_pages(root, profile, pages, registry)
     for name in names:
-        made |= table_page(folder, name, profile, pages)
+        made |= table_page(folder, name, profile, pages, targets)
     figures = sorted((root / "figures" / profile).glob("*.png"))
-    text = f"# Figures, profile {profile}\n\n" + "".join(_figure(path, profile, pages) for path in figures)
+    makers = makers_of(root, profile)
+    text = f"# Figures, profile {profile}\n\n" + "".join(_figure(path, profile, pages, makers) for path in figures)
     made |= {f"results/{profile}/figures.md": text.encode()} if figures else {}
     for path in figures:
         files = sorted(path.parent.glob(f"{path.stem}.*"))
+        files += sorted((root / "results" / profile / makers.get(path.name, "none")).glob("*.csv"))
         made |= {f"figures/{profile}/{each.name}": each.read_bytes() for each in files}
-    listed = toctree([*names, *(["figures"] if figures else [])], hidden=False)
+    listed = toctree([*names, *(["figures"] if figures else []), *(Path(page).relative_to(f"results/{profile}").with_suffix("").as_posix()
+                                                                   for page in runs if page.endswith(".md"))], hidden=False)
     head = f"# Profile {profile}\n\n{title[:1].upper()}{title[1:]}\n\n{listed}"
-    return made | {f"results/{profile}/index.md": head.encode()}
+    return made | runs | {f"results/{profile}/index.md": head.encode()}
 
 
-def table_page(folder: Path, name: str, profile: str, pages: Files) -> Files:
-    """A table with its notes, a link to the notebook that made it, and its files."""
+def runs_pages(root: Path, profile: str, pages: Files, registry: Registry) -> tuple[Files, dict[str, str]]:
+    """A page an experiment with the seeds of each row: commit, time, numbers; and title of a row -> its place there."""
+    made, targets = {}, {}
+    for each in (each for each in registry.experiments.values() if each.kind == "compute" and each.rows):
+        parts, folder = [], root / "results" / profile / each.name
+        for row, words in each.rows.items():
+            files = sorted(folder.glob(f"{row}-seed*/run.json"), key=lambda path: natural(path.parent.name))
+            if not files:
+                continue
+            target, title = f"run-{profile}-{each.name}-{row}", words.get("title", row)
+            targets.setdefault(title, target)
+            lines = [_run(path, profile, each.name, made) for path in files]
+            parts.append("\n".join([f"({target})=", f"## {title}", "", f"`{row}`", "", "| seed | commit | minutes | numbers |", "|---|---|--:|---|",
+                                    *lines, ""]))
+        if parts:
+            head = f"# Runs of {each.name}, profile {profile}\n\nMade by {_link(each.name, pages, up=3)}.\n\n"
+            made[f"results/{profile}/runs/{each.name}.md"] = (head + "\n".join(parts)).encode()
+    return made, targets
+
+
+def _run(path: Path, profile: str, name: str, made: Files) -> str:
+    """A line on one run; its numbers are added to the files."""
+    record, seed = read_json(path), path.parent.name.rsplit("seed", 1)[1]
+    timing = path.parent / "timing.json"
+    minutes = f"{read_json(timing)['seconds'] / 60:.0f}" if timing.is_file() else "–"
+    links = []
+    for file in sorted(path.parent.glob("metrics.csv")):
+        made[f"results/{profile}/runs/{name}/{path.parent.name}.csv"] = file.read_bytes()
+        links.append(f"{{download}}`csv <{name}/{path.parent.name}.csv>`")
+    return f"| {seed} | {str(record.get('commit', '–'))[:12]} | {minutes} | {', '.join(links) or '–'} |"
+
+
+def makers_of(root: Path, profile: str) -> dict[str, str]:
+    """File name of a figure -> the experiment whose run drew it."""
+    return {Path(output).name: path.parent.name for path in sorted((root / "results" / profile).glob("*/run.json"))
+            for output in read_json(path).get("outputs", {}) if output.startswith("figures/")}
+
+
+def with_links(line: str, targets: dict[str, str]) -> str:
+    """A line of a table: its row leads to the runs behind the numbers, and an interval stays on one line."""
+    cells = line.split(" | ")
+    first = cells[0].removeprefix("| ")
+    if line.startswith("| ") and first in targets:
+        cells[0] = f"| [{first}](#{targets[first]})"
+    return " | ".join(re.sub(r"(?<=[\d,]) (?=\[[-+\d]|[-+]?\d\.)", "\u00a0", cell) for cell in cells) if line.startswith("|") else line
+
+
+def table_page(folder: Path, name: str, profile: str, pages: Files, targets: dict[str, str] | None = None) -> Files:
+    """A table with its notes, links to the notebook and the runs that made it, and its files."""
     files = [each for each in sorted(folder.glob(f"{name}.*")) if each.suffix != ".md"]
     links = ", ".join(f"{{download}}`{each.suffix[1:]} <{each.name}>`" for each in files)
     body = move_links((folder / f"{name}.md").read_text(encoding="utf-8"), f"results/{profile}/{name}.md").strip()
     heading, _, rest = body.partition("\n")
-    text = f"# {heading.lstrip('# ')}\n\nMade by {_link(name, pages)}.{' Files: ' + links + '.' if files else ''}\n\n{rest.strip()}\n"
+    rest = "\n".join(with_links(line, targets or {}) for line in rest.strip().splitlines())
+    heading = re.sub(r" \(.*", "", heading.lstrip("# "))  # n, seeds and profile are told below
+    told = re.search(r"\((.*)\)$", body.partition("\n")[0])
+    text = (f"# {heading}\n\n{told[1] + '. ' if told else ''}Made by {_link(name, pages)}; rows lead to their runs."
+            f"{' Files: ' + links + '.' if files else ''}\n\n{rest}\n")
     return {f"results/{profile}/{name}.md": text.encode()} | {f"results/{profile}/{each.name}": each.read_bytes() for each in files}
 
 
-def _link(name: str, pages: Files) -> str:
+def _link(name: str, pages: Files, up: int = 2) -> str:
     """The title of experiment `name`, as a link to it if it has a page."""
     page = pages.get(f"experiments/{name}.ipynb")
-    return f"[{head_of(json.loads(page))[0]}](../../experiments/{name}.ipynb)" if page else name
+    return f"[{head_of(json.loads(page))[0]}]({'../' * up}experiments/{name}.ipynb)" if page else name
 
 
-def _figure(path: Path, profile: str, pages: Files) -> str:
-    """A figure with the words of the notebook that draws it, and its SVG to keep."""
-    makers = [Path(page).stem for page in pages if page.startswith("experiments/figure_")]
-    fits = [name for name in makers if path.stem.startswith(name.removeprefix("figure_").removesuffix("s"))]
-    name = max(fits, key=len, default="")
-    label = path.stem.replace("_", " ")
+def _figure(path: Path, profile: str, pages: Files, makers: dict[str, str]) -> str:
+    """A figure with the words of the notebook that draws it, its data, and its SVG to keep."""
+    name, label = makers.get(path.name, ""), path.stem.replace("_", " ")
     words = [f"**{label[:1].upper()}{label[1:]}.**"]
     if name:
-        words += [head_of(json.loads(pages[f"experiments/{name}.ipynb"]))[1], f"From {_link(name, pages)}."]
-    if path.with_suffix(".svg").is_file():
-        words.append(f"{{download}}`svg <../../figures/{profile}/{path.stem}.svg>`")
+        page = pages.get(f"experiments/{name}.ipynb")
+        words += [head_of(json.loads(page))[1]] * bool(page) + [f"From {_link(name, pages)}."]
+    files = [path.with_suffix(".svg")] * path.with_suffix(".svg").is_file()
+    files += sorted((path.parents[2] / "results" / profile / name).glob("*.csv")) if name else []
+    words += [f"{{download}}`{each.name if each.suffix == '.csv' else 'svg'} <../../figures/{profile}/{each.name}>`" for each in files]
     head = [f"```{{figure}} ../../figures/{profile}/{path.name}", f":alt: {label}, profile {profile}"]
     return "\n".join([*head, "", " ".join(words), "```", "", ""])
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 import book  # noqa: E402
 import check  # noqa: E402
+import outputs  # noqa: E402
 import shape  # noqa: E402
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -121,16 +122,51 @@ def test_every_library_notebook_stands_once_in_the_contents_in_the_order_of_its_
         list(book.PARTS)[k] for k in (0, 1, 2, 3, 4, 4)]
 
 
-def test_executed_notebooks_hold_no_real_slice(tmp_path):
+# ---------------------------------------------------------------- outputs
+
+
+def test_notebooks_show_what_their_code_and_the_results_give():
     registry = book.load_registry(ROOT / "nbs" / "experiments" / "experiments.toml")
-    row = next(iter(registry.experiments["train_single"].rows))
-    for place in ("cpu/table2_dice", f"cpu/train_single/{row}-seed0", "cpu/figure_qualitative", f"smoke/train_single/{row}-seed0"):
-        (tmp_path / "results" / place).mkdir(parents=True)
-        (tmp_path / "results" / place / "executed.ipynb").write_text("{}")
-    found = {name: book.executed(tmp_path, name, registry) for name in ("table2_dice", "train_single", "figure_qualitative")}
-    assert found["table2_dice"] == (tmp_path / "results/cpu/table2_dice/executed.ipynb", book.DRAWN)
-    assert found["train_single"] == (tmp_path / f"results/smoke/train_single/{row}-seed0/executed.ipynb", book.AS_RUN)
-    assert found["figure_qualitative"] == (None, book.NOT_RUN)
+    assert not (old := outputs.stale(ROOT, registry)), f"run `make outputs`, or: python docs/outputs.py {' '.join(old)}"
+
+
+def test_pictures_of_slices_are_those_of_the_phantom():
+    registry = book.load_registry(ROOT / "nbs" / "experiments" / "experiments.toml")
+    assert outputs.profile_of(registry, "table2_dice") == "cpu"
+    assert {outputs.profile_of(registry, name) for name in ("figure_qualitative", "figure_coach", "train_single")} == {"smoke"}
+
+
+def test_outputs_grow_old_with_code_and_results_and_not_with_prose(tmp_path):
+    registry = book.load_registry(ROOT / "nbs" / "experiments" / "experiments.toml")
+    notebook_file, record = tmp_path / "nbs/experiments/table2_dice.ipynb", tmp_path / "results/cpu/table2_dice/run.json"
+    for path in (notebook_file, record):
+        path.parent.mkdir(parents=True)
+
+    def told(prose: str, code: str, result: str) -> dict:
+        notebook_file.write_text(json.dumps(notebook(("markdown", prose), ("code", code))))
+        record.write_text(json.dumps({"outputs": {"tables/a.csv": result}}))
+        return outputs.stamp(tmp_path, registry, "table2_dice")
+
+    first = told("a", "1", "x")
+    assert told("b", "1", "x") == first and told("a", "2", "x") != first and told("a", "1", "y") != first
+
+
+def test_outputs_of_other_code_or_without_pictures_are_not_taken(tmp_path):
+    def copy(**data) -> Path:
+        shown = {"output_type": "display_data", "metadata": {}, "data": data}
+        path = tmp_path / "executed.ipynb"
+        path.write_text(json.dumps(notebook(("code", "show()"), outputs=(shown,))))
+        return path
+
+    cells = [{"source": "show()"}]
+    found = outputs.outputs_of(copy(**{"text/plain": f"{tmp_path}/a.csv"}), cells, tmp_path)
+    assert found == [[{"output_type": "display_data", "metadata": {}, "data": {"text/plain": "a.csv"}}]]
+    assert outputs.outputs_of(copy(**{"text/plain": "a"}), [{"source": "other()"}], tmp_path) is None
+    assert outputs.outputs_of(copy(**{"text/plain": "<Figure size 1x1>"}), cells, tmp_path) is None
+    assert outputs.outputs_of(tmp_path / "gone.ipynb", cells, tmp_path) is None
+
+
+# ---------------------------------------------------------------- results
 
 
 def test_each_table_has_a_page_and_each_figure_its_files(tmp_path):
