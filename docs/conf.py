@@ -54,6 +54,7 @@ html_theme = "sphinx_book_theme"
 html_title = "covidsev"
 html_static_path = ["_static", str(mathjax_file)]
 html_css_files = ["book.css"]
+html_search_scorer = str(Path(__file__).parent / "scorer.js")  # the page that explains a word comes before those that use it
 html_copy_source = False
 html_show_sphinx = False
 html_show_copyright = False
