@@ -149,7 +149,8 @@ class ListedCommand(click.Command):
 
 
 CleanGroup.command_class = ListedCommand
-_PROFILE = click.option("--profile", default="smoke", show_default=True, metavar="smoke|hour|cpu|paper",
+_PROFILE = click.option("--profile", default="smoke", show_default=True,
+                        metavar="smoke|hour|cpu|paper|paper_cpu",
                         help="smoke: the phantom; the others: real slices.")
 _OUT = click.option("--out", type=click.Path(file_okay=False),
                     help="Write results/, figures/ and checkpoints/ below this folder.")

@@ -446,7 +446,7 @@ class Pretext:
         history = pd.DataFrame(self.rows, columns=list(self.columns))
         return PretextResult(history, _state(self.network), _state(self.coach), masks, dict(self.pictures))
 
-# %% ../../nbs/2_method/07_coach.ipynb #cell-046
+# %% ../../nbs/2_method/07_coach.ipynb #cell-050
 TURNS = 4
 
 
