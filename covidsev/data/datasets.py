@@ -9,7 +9,7 @@ __all__ = ['SCAN_GROUPS', 'MISSING_SEMISEG', 'NOTE_FILE', 'PARTS', 'Slice', 'SUB
            'find_covid_semiseg', 'read_note', 'read_split', 'load_covid_semiseg', 'write_covid_semiseg', 'load_phantom',
            'Splits', 'group_folds', 'nested_subset', 'check_disjoint', 'load_splits', 'UnlabelledSet', 'scan_of_name',
            'load_unlabelled', 'ScanRule', 'spine_at_left', 'grey_peaks', 'scan_rule', 'harmonise', 'spread_over_scans',
-           'pool_tensors', 'pseudo_label_tensors', 'phantom_pool', 'phantom_pseudo_labels']
+           'pool_tensors', 'pseudo_label_tensors', 'phantom_pseudo_labels']
 
 # %% ../../nbs/1_data/03_datasets.ipynb #be0532a2
 import hashlib
@@ -619,17 +619,10 @@ def pseudo_label_tensors(pool: UnlabelledSet, size: int, n: int = 0,
     return stack_slices(images, size), stack_slices(labels, size), [pool.ids[k] for k in chosen]
 
 # %% ../../nbs/1_data/03_datasets.ipynb #bdbfa334
-def phantom_pool(n: int, size: int, seed: int = 0) -> "tuple[torch.Tensor, list[str]]":
-    """A stand-in for the pool: `n` phantom slices of patients that are in no split; as
-    `pool_tensors`."""
-    images, _, ids = phantom_pseudo_labels(n, size, seed)
-    return images, ids
-
-
 def phantom_pseudo_labels(n: int, size: int,
                           seed: int = 0) -> "tuple[torch.Tensor, torch.Tensor, list[str]]":
-    """A stand-in for released labels: the true infection moved by two pixels; as
-    `pseudo_label_tensors`."""
+    """A stand-in for the pool and its released labels: `n` slices of patients that are in no split, the
+    true infection moved by two pixels; as `pseudo_label_tensors`."""
     if n < 1:
         raise ConfigError("a phantom pool needs a number of slices", found=f"n = {n}",
                           expected="at least 1")

@@ -20,12 +20,11 @@ from ..core import (CheckpointError, ChecksumError, ConfigError, DataMissingErro
 from .losses import SideOutputs
 
 # %% auto #0
-__all__ = ['BACKBONES', 'IMAGENET_WEIGHTS', 'PUBLISHED_NAMES', 'PUBLISHED_UNUSED', 'ConvBN', 'bilinear_weights', 'resize_map',
-           'dense', 'own_gradient', 'join', 'Pyramid', 'DecoderWidths', 'Bottleneck', 'Res2NetBlock', 'initialise_he',
-           'ResNet50', 'Res2Net50', 'ResidualBlock', 'SmallResNet', 'read_weights', 'check_fits', 'load_weights',
-           'WeightFile', 'initialise_backbone', 'check_digest', 'fetch_weights', 'ReceptiveFieldBlock',
-           'ParallelPartialDecoder', 'EdgeAttention', 'reverse', 'ReverseAttention', 'check_input', 'InfNet',
-           'count_parameters', 'published_name', 'load_published_checkpoint']
+__all__ = ['BACKBONES', 'IMAGENET_WEIGHTS', 'ConvBN', 'bilinear_weights', 'resize_map', 'dense', 'own_gradient', 'join',
+           'Pyramid', 'DecoderWidths', 'Bottleneck', 'Res2NetBlock', 'initialise_he', 'ResNet50', 'Res2Net50',
+           'ResidualBlock', 'SmallResNet', 'read_weights', 'check_fits', 'load_weights', 'WeightFile',
+           'initialise_backbone', 'check_digest', 'fetch_weights', 'ReceptiveFieldBlock', 'ParallelPartialDecoder',
+           'EdgeAttention', 'reverse', 'ReverseAttention', 'check_input', 'InfNet', 'count_parameters']
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-007
 class ConvBN(nn.Module):
@@ -539,43 +538,3 @@ class InfNet(nn.Module):
 def count_parameters(module: nn.Module) -> int:
     """Number of trainable values in a module."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-# %% ../../nbs/2_method/03_infnet.ipynb #cell-057
-PUBLISHED_NAMES = {
-    "backbone.": "resnet.",
-    **{f"rfb_{level}.{ours}.": f"rfb{level - 1}_1.{theirs}." for level in (3, 4, 5)
-       for ours, theirs in [("branches.0", "branch0"), ("branches.1", "branch1"), ("branches.2", "branch2"),
-                            ("branches.3", "branch3"), ("merge", "conv_cat"), ("shortcut", "conv_res")]},
-    **{f"decoder.up.{k}.": f"ParDec.conv_upsample{k + 1}." for k in range(5)},
-    "decoder.join_4.": "ParDec.conv_concat2.", "decoder.join_3.": "ParDec.conv_concat3.",
-    "decoder.refine.": "ParDec.conv4.", "decoder.head.": "ParDec.conv5.",
-    **{f"edge_attention.{ours}.": f"edge_conv{k + 1}."
-       for k, ours in enumerate(("layers.0", "layers.1", "layers.2", "head"))},
-    **{f"attention_{level}.{ours}.": f"ra{level - 1}_conv{k + 1}." for level in (3, 4)
-       for k, ours in enumerate(("reduce", "body.0", "body.1", "head"))},
-    **{f"attention_5.{ours}.": f"ra4_conv{k + 1}."
-       for k, ours in enumerate(("reduce", "body.0", "body.1", "body.2", "head"))},
-}
-PUBLISHED_UNUSED = ("resnet.fc.weight", "resnet.fc.bias")
-
-
-def published_name(name: str) -> str:
-    """The name that the published Inf-Net code gives to one of our parameters (or buffers)."""
-    ours = next(prefix for prefix in PUBLISHED_NAMES if name.startswith(prefix))
-    return PUBLISHED_NAMES[ours] + name.removeprefix(ours)
-
-
-def load_published_checkpoint(path: str | Path, model: InfNet) -> list[str]:
-    """Load a checkpoint of the published Inf-Net code; returns the names left out (the unused classifier).
-
-    Strict: CheckpointError names what is missing or unexpected, in the published names, and leaves `model` as
-    it was. Nothing in the file is executed.
-    """
-    state = read_weights(path)
-    unused = [name for name in PUBLISHED_UNUSED if state.pop(name, None) is not None]
-    own = {published_name(name): value for name, value in model.state_dict().items()}
-    state = _counters(own) | state
-    check_fits(own, state, path)
-    model.load_state_dict({name: state[published_name(name)] for name in model.state_dict()}, strict=True)
-    model.init_record = {"init": "published", "file": Path(path).name, "sha256": sha256_file(path)}
-    return unused

@@ -6,9 +6,8 @@
 __all__ = ['Images', 'EMPTY_RULES', 'dice', 'as_map', 'as_mask', 'check_pair', 'check_masks', 'check_pairs', 'Counts',
            'confusion', 'overlap', 'dsc', 'soft_dice', 'pooled_dice', 'hd95', 'to_levels', 'grey_histograms',
            'toolbox_thresholds', 'counts_at', 'toolbox_overlap', 'e_measure', 'centroid_cut', 'quadrant_histograms',
-           's_measure', 'ToolboxScores', 'toolbox_image', 'toolbox', 'threshold_curves', 'score_image', 'per_image',
-           'empty_counts', 'summarise', 'pictures_by_stem', 'StemMatch', 'match_stems', 'resize_map', 'Evaluation',
-           'evaluate_folder']
+           's_measure', 'ToolboxScores', 'toolbox_image', 'toolbox', 'score_image', 'per_image', 'empty_counts',
+           'summarise', 'pictures_by_stem', 'StemMatch', 'match_stems', 'resize_map', 'Evaluation', 'evaluate_folder']
 
 # %% ../../nbs/2_method/05_metrics.ipynb #cell-002
 import unicodedata
@@ -371,14 +370,6 @@ def toolbox(maps: Images, truths: Images) -> dict[str, float]:
             "Sm": float(structure), "MAE": float(error),
             **{f"adp{_PUBLISHED[name]}": float(value) for name, value in adaptive.items()},
             "adpIoU": float(adaptive["dice"] / (2 - adaptive["dice"]))}
-
-
-def threshold_curves(maps: Images, truths: Images) -> "pd.DataFrame":
-    """Mean curves over images, 256 rows: threshold, dice, sensitivity, specificity, precision, e_measure."""
-    import pandas as pd
-
-    curves = _mean_of([toolbox_image(*pair).curves for pair in check_pairs(maps, truths)])
-    return pd.DataFrame({"threshold": toolbox_thresholds(), **curves})
 
 # %% ../../nbs/2_method/05_metrics.ipynb #cell-049
 def score_image(probability: ArrayLike, truth: ArrayLike, threshold: float = 0.5, *,

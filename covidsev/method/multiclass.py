@@ -23,8 +23,7 @@ if TYPE_CHECKING:  # for readers and editors: pandas is imported where a table i
     import pandas as pd
 
 # %% auto #0
-__all__ = ['N_CLASSES', 'check_labels', 'one_hot', 'multiclass_loss', 'class_table', 'prior_tensor', 'classes_of', 'class_dice',
-           'dice_table']
+__all__ = ['N_CLASSES', 'check_labels', 'one_hot', 'multiclass_loss', 'class_table', 'prior_tensor', 'classes_of', 'class_dice']
 
 # %% ../../nbs/2_method/08_multiclass.ipynb #cell-008
 N_CLASSES = len(CLASSES)
@@ -116,26 +115,3 @@ def class_dice(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike],
             rows.append({"id": slice_id, "class": name, "dice": overlap(counts)["dice"],
                          "n_truth": counts.tp + counts.fn, "n_pred": counts.tp + counts.fp})
     return pd.DataFrame(rows)
-
-
-def _both_conventions(rows: "pd.DataFrame") -> dict[str, float]:
-    """Mean Dice over all slices (empty truth counts 0) and over those with a truth; the number of each."""
-    there = rows["n_truth"] > 0
-    dice = rows["dice"].where(there, 0.0)
-    return {"all_slices": dice.mean(), "n_all": len(rows),
-            "non_empty": dice[there].mean(), "n_non_empty": int(there.sum())}
-
-
-def dice_table(per_class: "pd.DataFrame") -> "pd.DataFrame":
-    """The table of a `class_dice` frame: lesion mean, GGO, consolidation, and background apart.
-
-    all_slices: every slice, an empty truth counts 0. non_empty: only slices whose truth shows the class (NaN
-    if none). The lesion mean is the mean of the two values below it; its n adds theirs."""
-    import pandas as pd
-
-    background, *lesions = CLASSES
-    rows = {name: _both_conventions(per_class[per_class["class"] == name]) for name in (*lesions, background)}
-    both = pd.DataFrame([rows[name] for name in lesions])
-    counts = [name for name in both if name.startswith("n_")]
-    mean = both.mean(skipna=False).to_dict() | {name: int(both[name].sum()) for name in counts}
-    return pd.DataFrame([{"class": name, **row} for name, row in {"lesion mean": mean, **rows}.items()])

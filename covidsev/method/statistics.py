@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'SUPPORTED', 'CONTRADICTED', 'UNDECIDED', 'NOT_TESTED', 'DIRECTIONS', 'MIN_PER_CLASS', 'CUT', 'Interval',
-           'mean_interval', 'prediction_interval', 'Difference', 'welch', 'crossed_bootstrap', 'verdict', 'PairedTest',
-           'paired_wilcoxon', 'holm', 'Estimate', 'too_few', 'pairs', 'BlandAltman', 'bland_altman', 'icc', 'bootstrap',
-           'confusion_table', 'kappa_of', 'weighted_kappa', 'check_classes', 'auc_value', 'auc', 'PairedAuc',
-           'compare_auc', 'roc_points', 'wilson', 'at_cut', 'correlation', 'agreement_rows', 'discrimination_rows']
+           'mean_interval', 'prediction_interval', 'Difference', 'welch', 'crossed_bootstrap', 'verdict', 'Estimate',
+           'too_few', 'pairs', 'BlandAltman', 'bland_altman', 'icc', 'bootstrap', 'confusion_table', 'kappa_of',
+           'weighted_kappa', 'check_classes', 'auc_value', 'auc', 'PairedAuc', 'compare_auc', 'roc_points', 'wilson',
+           'at_cut', 'correlation', 'agreement_rows', 'discrimination_rows']
 
 # %% ../../nbs/2_method/11_statistics.ipynb #cell-002
 from collections.abc import Callable, Sequence
@@ -131,41 +131,6 @@ def verdict(low: float, high: float, direction: str = "higher", margin: float = 
     if inside[0] < low and high < inside[1]:
         return SUPPORTED
     return CONTRADICTED if high < inside[0] or low > inside[1] else UNDECIDED
-
-# %% ../../nbs/2_method/11_statistics.ipynb #cell-018
-class PairedTest(NamedTuple):
-    """Wilcoxon signed-rank: two-sided p, median of a - b; pairs used, dropped for NaN, without difference."""
-
-    p_value: float
-    median_difference: float
-    n_pairs: int
-    n_dropped: int
-    n_zero: int
-
-
-def paired_wilcoxon(one: ArrayLike, other: ArrayLike) -> PairedTest:
-    """Compares two lists of scores of the same images, in the same order. `ConfigError` if lengths differ.
-
-    No pair left: p and median are NaN. No pair with a difference: p is 1."""
-    one, other = _numbers(one), _numbers(other)
-    if one.size != other.size or not one.size:
-        raise ConfigError("a paired test needs two scores for each image",
-                          found=f"{one.size} and {other.size} scores")
-    difference = (one - other)[~np.isnan(one - other)]
-    n, n_zero = difference.size, int((difference == 0).sum())
-    if not n:
-        return PairedTest(np.nan, np.nan, 0, one.size, 0)
-    p_value = 1.0 if n_zero == n else float(stats.wilcoxon(difference).pvalue)
-    return PairedTest(p_value, float(np.median(difference)), n, one.size - n, n_zero)
-
-
-def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Holm-corrected p values in the order given, in [0, 1]; a NaN stays NaN and is no comparison."""
-    p_values = _numbers(p_values)
-    corrected, order = np.full(p_values.size, np.nan), np.argsort(p_values)  # NaN sorts last
-    order = order[: np.count_nonzero(~np.isnan(p_values))]
-    corrected[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * np.arange(order.size, 0, -1)))
-    return corrected
 
 # %% ../../nbs/2_method/11_statistics.ipynb #cell-022
 MIN_PER_CLASS = 5
