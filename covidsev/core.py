@@ -571,8 +571,8 @@ def run_lock(folder: str | Path) -> Iterator[None]:
 
 # %% ../nbs/00_core.ipynb #7dfdce95
 def _beside(path: Path, kind: str) -> Path:
-    """Our own name for what belongs to `path`: `.name.kind` in the same folder."""
-    return path.with_name(f".{path.name}.{kind}")
+    """Our own name for what belongs to `path`, in the same folder; one that no user would choose."""
+    return path.with_name(f".{path.name}.covidsev.{kind}")
 
 
 def recover_folder(folder: Path) -> None:

@@ -186,13 +186,15 @@ def test_sigkill_at_any_moment_leaves_a_whole_folder(tmp_path):
 def test_a_killed_change_of_places_is_undone_under_a_new_lock(tmp_path):
     with core.publish_folder(tmp_path / "run") as part:
         core.write_text(part / "a", "good")
-    (tmp_path / "run").rename(tmp_path / ".run.old")
+    (tmp_path / "run").rename(tmp_path / ".run.covidsev.old")
+    for mine in (".run.old", ".run.partial"):  # what only looks like ours stays
+        core.write_text(tmp_path / mine / "a", "mine")
     with core.run_lock(tmp_path / "run"):
         with pytest.raises(OSError, match="No space"), core.publish_folder(tmp_path / "run") as part:
             raise OSError(errno.ENOSPC, "No space left on device", str(part / "b"))
         with pytest.raises(RunLockedError), core.run_lock(tmp_path / "run"):
             raise AssertionError("two writers")
-    assert (tmp_path / "run" / "a").read_text() == "good" and names(tmp_path) == ["run"]
+    assert (tmp_path / "run" / "a").read_text() == "good" and names(tmp_path) == [".run.old", ".run.partial", "run"]
 
 
 @pytest.mark.parametrize("fault", ["write", "sync", "rename"])

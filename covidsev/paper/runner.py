@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -107,14 +106,15 @@ class _Limited(io.StringIO):
 
 
 def _new_shell() -> Any:
-    """An IPython shell that stores no history and shows figures in place."""
+    """An IPython shell without a folder of its own that shows figures in place."""
     from IPython.core.interactiveshell import InteractiveShell
+    from IPython.core.profiledir import ProfileDir
     from traitlets.config import Config
 
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     InteractiveShell.clear_instance()
     quiet = Config({"HistoryManager": {"enabled": False}})
-    return InteractiveShell.instance(config=quiet, ipython_dir=tempfile.mkdtemp(prefix="covidsev-"))
+    return InteractiveShell.instance(config=quiet, ipython_dir="", profile_dir=ProfileDir())
 
 
 def _as_output(shown: dict[str, Any]) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def test_what_a_killed_fetch_left_is_cleaned_and_a_swap_cut_in_half_is_undone(si
     card = small(f"{site}/good.zip")
     folder = fetch(card, tmp_path, echo=str) / "Dataset"
     (tmp_path / "small" / ".fetch").mkdir()
-    os.replace(folder, folder.with_name(".Dataset.old"))  # killed between the two renames of a swap
+    os.replace(folder, folder.with_name(".Dataset.covidsev.old"))  # killed between the two renames of a swap
     fetch(card, tmp_path, force=True, echo=str)
     assert leftovers(tmp_path / "small") == WHOLE and compare_content(folder, card) == []
 
@@ -183,7 +183,7 @@ def test_the_old_copy_returns_when_the_last_rename_fails(site, small, tmp_path, 
     folder = fetch(card, tmp_path, echo=str) / "Dataset"
 
     def failing(source, target):
-        if str(source).endswith(".Dataset.partial"):
+        if str(source).endswith(".Dataset.covidsev.partial"):
             raise OSError(28, "No space left on device", str(target))
         rename(source, target)
 

@@ -112,11 +112,12 @@ def test_failed_notebook_is_removed_by_the_next_success(tmp_path):
 
 def test_what_a_cell_shows_is_in_the_executed_notebook(tmp_path):
     places = Places(tmp_path / "out")
-    cell = "from IPython.display import display\nimport pandas\ndisplay('shown')\nprint('printed')\npandas.DataFrame({'dice': [1]})"
+    cell = "from IPython.display import display\nimport pandas\ndisplay('shown')\nprint(repr(get_ipython().ipython_dir))\npandas.DataFrame({'dice': [1]})"
     run = toy_run(write_notebook(tmp_path / "n.ipynb", SETTINGS, WORK, cell))
     make(run, places)
     outputs = read_json(places.folder(run) / "executed.ipynb")["cells"][-1]["outputs"]
     assert [each["output_type"] for each in outputs] == ["stream", "display_data", "display_data"]
+    assert "".join(outputs[0]["text"]) == "''\n"  # a shell with no folder of its own: nothing to leave behind
     assert "<table" in "".join(outputs[2]["data"]["text/html"])
 
 

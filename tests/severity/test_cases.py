@@ -255,8 +255,8 @@ def test_kill_and_resume(clinic, given, tmp_path):
         if (out / case).exists():
             manifest = read_json(out / case / MANIFEST)
             assert {name: sha256_file(out / case / name) for name in manifest["files"]} == manifest["files"]
-    (out / ".ben.partial").mkdir(exist_ok=True)  # what a kill may leave at any time
-    (out / ".ben.partial" / "lungs.nii.gz").write_bytes(b"half")
+    (out / ".ben.covidsev.partial").mkdir(exist_ok=True)  # what a kill may leave at any time
+    (out / ".ben.covidsev.partial" / "lungs.nii.gz").write_bytes(b"half")
     batch = process_cases(clinic / "scans", out, given, resume=True)  # the lock of a killed process is free
     assert batch.exit_code == 0 and tree(out) == tree(whole)
 
