@@ -261,7 +261,9 @@ def reproduce(profile: str, only: tuple, rows: tuple, seeds: tuple, explain: boo
     """Make every result of a profile that is not there yet."""
     if rehearse:
         with tempfile.TemporaryDirectory(prefix="covidsev-rehearsal-") as folder:
-            return _execute("rehearsal", Path(folder), profile=profile, only=list(only),
+            folder = Path(out or folder)  # its table is kept where --out says
+            folder.mkdir(parents=True, exist_ok=True)
+            return _execute("rehearsal", folder, profile=profile, only=list(only),
                             rows=list(rows), device=device or "auto", jobs=more["jobs"] or 1)
     from covidsev.paper.runner import machine_plan
     from covidsev.paper.runner import reproduce as run

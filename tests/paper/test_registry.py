@@ -54,7 +54,7 @@ def test_a_row_gets_the_slices_that_its_title_says(registry, profile):
             assert ("pool" in title) == pooled, row
 
 
-@pytest.mark.parametrize("profile, short, long", [("cpu", 2_000, 10_000), ("paper", 5_000, 20_000)])
+@pytest.mark.parametrize("profile, short, long", [("cpu", 2_000, 10_000), ("paper", 2_500, 20_000)])
 def test_pretexts_are_as_long_as_promised_and_their_coach_keeps_up(registry, profile, short, long):
     for _, row, title, run in rows(registry, profile, "pretext"):
         steps, coach = pretext_steps(run.parameters)
