@@ -36,8 +36,8 @@ class Experiment:
     claims.
 
     `kind` is "compute" (trains, minutes) or "render" (reads results, seconds). `keeps` names files
-    among its checkpoints that other runs start from; `also` are other names it answers to
-    ("figure3")."""
+    among its checkpoints that other runs start from (a row may keep others); `also` are other names
+    it answers to ("figure3")."""
 
     name: str
     title: str
@@ -136,7 +136,7 @@ def _experiment(name: str, table: dict, file: Path) -> Experiment:
     check_choice(f"kind in {where}", table["kind"], ["compute", "render"])
     for row, content in table.get("rows", {}).items():
         check_keys(f"[experiments.{name}.rows.{row}]", content, ["title", "parameters", "needs",
-                                                                 "control", "expects"],
+                                                                 "control", "expects", "keeps"],
                    ["title", "parameters"], file)
     for claim in table.get("claims", []):
         keys = ["text", "row", "than", "metric", "direction"]
@@ -459,7 +459,8 @@ def resolve(registry: Registry, profile: str, experiment: str, row: str = "",
                                                      Step(experiment, row, seed)))
     wording = registry.wording if each.kind == "render" else ""
     return Run(profile, experiment, row, seed, each.kind, each.notebook, settings, needs,
-               each.outputs, each.keeps, expects, wording, sizes.minutes)
+               each.outputs, tuple(each.rows.get(row, {}).get("keeps", each.keeps)), expects,
+               wording, sizes.minutes)
 
 
 def data_folder(data: str | Path | None = None) -> str:
