@@ -32,7 +32,7 @@ import safetensors.torch
 import torch
 from numpy.typing import ArrayLike
 from safetensors import SafetensorError
-from scipy import ndimage
+from scipy.ndimage import label as number_pieces
 from scipy.optimize import brentq
 from torch import nn
 
@@ -487,7 +487,7 @@ LUNG_PIECE = 0.01  # of all that was found: smaller pieces are no lung
 
 def _large_pieces(mask: np.ndarray, body: np.ndarray | None) -> np.ndarray:
     """`mask` (uint8 0/1) within `body`, without pieces below 1 % of it."""
-    pieces, count = ndimage.label(mask if body is None else mask & body)
+    pieces, count = number_pieces(mask if body is None else mask & body)
     sizes = sum(np.bincount(plane.ravel(), minlength=count + 1) for plane in np.moveaxis(pieces, -1, 0))
     sizes[0] = 0
     return (sizes >= max(1, LUNG_PIECE * sizes.sum()))[pieces].astype(np.uint8)
