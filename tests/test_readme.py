@@ -1,11 +1,15 @@
-"""README.md is rendered from nbs/index.ipynb, and what it says exists."""
-
+"""README.md is rendered from nbs/index.ipynb, and what it says exists; so does what the files beside it say: citation,
+check list, rules for a cluster."""
+import configparser
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from click.testing import CliRunner
 
 from covidsev.cli import main
 from covidsev.core import repo_root
@@ -46,3 +50,40 @@ def test_every_local_link_of_the_readme_leads_somewhere(target):
 def test_readme_fits_two_screens():
     assert len(README.splitlines()) <= 110
     assert Path(ROOT / "README.md").stat().st_size < 12_000
+
+
+def test_citation_and_codecheck_agree_with_settings_and_readme():
+    cited, checked = (yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) for name in ("CITATION.cff", "codecheck.yml"))
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    own, paper = settings["DEFAULT"], checked["paper"]
+    assert (cited["version"], [each["name"] for each in cited["authors"]]) == (own["version"], [own["author"]])
+    assert cited["title"].lower().startswith(f"{own['lib_name']}: {own['description'].partition(':')[0].lower()}")
+    assert cited["license"].lower().replace("-", "").removesuffix(".0") == own["license"]
+    draft = cited["references"][0]
+    assert draft["title"] == paper["title"] and f"*{paper['title']}*" in README
+    assert [f"{each['given-names']} {each['family-names']}" for each in draft["authors"]] == [each["name"] for each in paper["authors"]]
+    assert f"({', '.join(each['family-names'] for each in draft['authors'])})" in README
+    files = [each["file"] for each in checked["manifest"]]
+    assert len(files) == len(set(files)) and not [name for name in files if not (ROOT / name).is_file()]
+    for command in checked["summary"].split("; "):
+        assert command.split()[1] in main.commands
+
+
+def test_the_plan_for_a_scheduler_has_what_the_snakefile_reads(tmp_path):
+    rules = (ROOT / "workflow" / "Snakefile").read_text(encoding="utf-8")
+
+    def plan(*words):
+        done = CliRunner().invoke(main, ["reproduce", "--out", str(tmp_path), *words, "--explain", "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    whole = plan("--only", "table2", "--row", "sinfnet_self")
+    assert set(re.findall(r'each\["(\w+)"\]', rules)) == set(whole[0])
+    names = [each["run"] for each in whole]
+    for place, each in enumerate(whole):  # of a table, also runs that were not asked for are needed, if they are there
+        assert all(names.index(need) < place for need in each["needs"] if need in names)
+        assert each["reasons"] == ["never run"] and isinstance(each["threads"], int) and each["gpu"] is False
+    trained = next(each for each in whole if each["experiment"] == "train_single")
+    assert plan("--only", trained["experiment"], *trained["options"])[-1] == trained  # a job asks for its own run
+    assert not list(tmp_path.iterdir())
