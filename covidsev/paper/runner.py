@@ -528,9 +528,9 @@ def describe(planned: Iterable[Planned]) -> str:
     return "\n".join(f"{each.run.name:<{width}}  {what(each)}" for each in planned)
 
 def machine_plan(planned: Iterable[Planned]) -> list[dict[str, Any]]:
-    """The plan for a scheduler: of each run its name, experiment, the options that ask for it
-    alone, what it needs, the reasons to execute it, and what it wants of a machine."""
-    return [{"run": run.name, "experiment": run.experiment, "needs": run.needs,
+    """The plan for a scheduler: of each run its name, experiment and kind, the options that ask for
+    it alone, what it needs, the reasons to execute it, and what it wants of a machine."""
+    return [{"run": run.name, "experiment": run.experiment, "kind": run.kind, "needs": run.needs,
              "reasons": each.reasons, "options": ["--row", run.row, "--seed", str(run.seed)]
              if run.row else [], "threads": int(run.parameters.get("threads", 1)),
              "gpu": str(run.parameters.get("device", "cpu")).startswith("cuda")} for each in planned
