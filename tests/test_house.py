@@ -1,5 +1,4 @@
 """The house is in order: notebooks and modules agree, nothing private is in it, imports are light and go one way."""
-import ast
 import configparser
 import hashlib
 import json
@@ -93,19 +92,6 @@ def test_cleaning_keeps_the_parameters_tag(exported):
         assert any("parameters" in cell["metadata"].get("tags", []) for cell in cells(cleaned)), notebook.name
 
 
-def test_there_are_experiments():
-    assert EXPERIMENTS and (ROOT / "nbs" / "experiments" / ".notest").exists()
-
-
-@pytest.mark.parametrize("notebook", EXPERIMENTS, ids=lambda path: path.stem)
-def test_each_experiment_has_one_parameters_cell(notebook):
-    tagged = [cell for cell in cells(notebook) if "parameters" in cell["metadata"].get("tags", [])]
-    assert len(tagged) == 1, f"{notebook.name} has {len(tagged)} cells tagged parameters"
-    for node in ast.parse(tagged[0]["source"]).body:  # plain literals: anything else would run before it is replaced
-        assert isinstance(node, (ast.Assign, ast.AnnAssign)), ast.unparse(node)
-        ast.literal_eval(node.value)
-
-
 @pytest.mark.parametrize("notebook", LIBRARY + EXPERIMENTS, ids=lambda path: path.stem)
 def test_no_shell_lines_in_notebooks(notebook):
     """A failing `!command` leaves the notebook green."""
@@ -185,15 +171,10 @@ def test_the_house_is_small():
     assert not (beyond := {what: value for what, value in over.items() if what in BINDING}), beyond
 
 
-def test_library_notebooks_kept_their_outputs():
-    empty = [notebook.name for notebook in LIBRARY if not any(cell.get("outputs") for cell in cells(notebook))]
-    assert not empty, f"run these and keep their outputs: {empty}"
-
-
-def test_no_errors_are_kept_in_notebooks():
-    failed = [notebook.name for notebook in LIBRARY + EXPERIMENTS for cell in cells(notebook)
-              for output in cell.get("outputs", []) if output["output_type"] == "error"]
-    assert not failed
+def test_notebooks_kept_their_outputs_and_none_of_an_error():
+    kept = {path: [output for cell in cells(path) for output in cell.get("outputs", [])] for path in LIBRARY + EXPERIMENTS}
+    assert not (empty := [path.name for path in LIBRARY if not kept[path]]), f"run these and keep their outputs: {empty}"
+    assert not [path.name for path, outputs in kept.items() for output in outputs if output["output_type"] == "error"]
 
 
 def test_next_links_follow_the_reading_order():

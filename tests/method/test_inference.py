@@ -15,8 +15,8 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torch.nn import functional
 
-from covidsev.core import (CheckpointError, ConfigError, GeometryError, MissingExtraError,
-                           NonFiniteError, read_json, sha256_file, write_json)
+from covidsev.core import (CheckpointError, ConfigError, MissingExtraError, NonFiniteError,
+                           read_json, sha256_file, write_json)
 from covidsev.data.datasets import SliceSet
 from covidsev.data.phantom import phantom_volume, to_uint8
 from covidsev.data.scans import Scan, read_scan, turn_picture, write_mask
@@ -225,15 +225,12 @@ def test_box_and_margin(patient):
     lungs, spacing = patient["lungs"], patient["spacing"]
     box = lung_box(lungs, spacing, 0)
     assert (lungs[box] > 0).sum() == (lungs > 0).sum()
-    for axis, others in enumerate(((1, 2), (0, 2), (0, 1))):
-        edge = (lungs > 0).any(axis=others)
-        assert edge[box[axis].start] and edge[box[axis].stop - 1]
+    assert all((lungs > 0).take((side.start, side.stop - 1), axis).any(axis=tuple({0, 1, 2} - {axis})).all()
+               for axis, side in enumerate(box))
     wide = lung_box(lungs, spacing, 2 * spacing[0])
     assert (wide[0].start, wide[2]) == (box[0].start - 2, box[2])
     flat = lung_box(turn_picture(lungs[:, :, 6]), spacing[1::-1], 0)
     assert (lungs[:, :, 6:7][flat] > 0).sum() == (lungs[:, :, 6] > 0).sum()
-    with pytest.raises(GeometryError, match="empty lung mask"):
-        lung_box(np.zeros((40, 40)))
 
 
 def test_wrong_settings(scan):
@@ -527,9 +524,7 @@ def test_runs_that_do_not_fit_are_refused(run, values, error, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_run_and_a_damaged_checkpoint(run, tmp_path):
-    with pytest.raises(ConfigError, match="no run in this folder"):
-        export_run(tmp_path, None, tmp_path / "out")
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
     run[1].write_bytes(run[1].read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="damaged"):
         export_run(run[0], None, tmp_path / "out")

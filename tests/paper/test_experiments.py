@@ -223,15 +223,6 @@ def test_a_key_differs_exactly_where_there_is_a_reason(old, new):
         {k: v for k, v in old.items() if v} == {k: v for k, v in new.items() if v}  # an empty part says nothing
 
 
-@given(PARTS)
-def test_every_change_is_named(parts):
-    for part, settings in parts.items():
-        for name in settings:
-            changed = {**parts, part: {**settings, name: "something else entirely"}}
-            assert why_stale(parts, changed) == \
-                [f"{part.removesuffix('s')} {name}: {json.dumps(settings[name])} -> \"something else entirely\""]
-
-
 def test_reasons_read_like_sentences():
     digests = {f"X{k}": f"{k:016d}" for k in range(9)}
     old = {"parameters": {"epochs": 40, "ema": 0.5}, "notebook": {"a.ipynb": "0" * 64}, "code": digests}

@@ -1,6 +1,5 @@
 """From settings to files for one class and for three: what is learned from, classes and conventions, records, faults."""
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from covidsev.core import (CheckpointError, ConfigError, GeometryError, LeakageE
                            NonFiniteError, has_bfloat16)
 from covidsev.data.datasets import SliceSet, Splits, spine_at_left
 from covidsev.method import training
-from covidsev.method.training import TrainConfig, TrainingInterrupted, save_checkpoint, weights_hash
+from covidsev.method.training import TrainConfig, save_checkpoint
 from covidsev.paper import runs
 from covidsev.paper.runs import (LESIONS, ClassMaps, build_started, check_classes, class_overlaps,
                                  evaluate, evaluate_multiclass, multiclass_images, out_of_fold,
@@ -198,11 +197,6 @@ def test_a_class_may_be_missing_from_the_test_slices(splits, priors, tmp_path):
 
 # three classes: training and its faults
 
-@pytest.mark.parametrize("batch_size", [3, 100])
-def test_batches_that_do_not_divide_the_set_or_exceed_it(splits, priors, tmp_path, batch_size):
-    run = train_network(placed(MULTI, tmp_path, epochs=1, batch_size=batch_size), splits, priors)
-    assert run.fit.draws == 8 and np.isfinite(run.fit.history["train_loss"]).all()
-
 
 def test_a_loss_that_is_not_finite_names_epoch_batch_and_slices(splits, priors, tmp_path):
     with pytest.raises(NonFiniteError, match=r"epoch \d, batch \d, slices train-"):
@@ -216,23 +210,6 @@ def test_resume_with_one_changed_prior_pixel_or_another_form(splits, priors, tra
         train_network(trained.settings, splits, priors._replace(train=maps))
     with pytest.raises(CheckpointError, match="another network"):
         train_network(trained.settings | {"form": "published"}, splits, priors)
-
-
-def test_stopped_and_resumed_is_the_same_run(splits, priors, trained, tmp_path, monkeypatch):
-    here, steps, step = placed(MULTI, tmp_path), [], training.train_step
-
-    def interrupted(*arguments, **options):
-        steps.append(1)
-        if len(steps) == 3:
-            os.kill(os.getpid(), 2)
-        return step(*arguments, **options)
-
-    monkeypatch.setattr(training, "train_step", interrupted)
-    with pytest.raises(TrainingInterrupted):
-        train_network(here, splits, priors)
-    resumed = train_network(here, splits, priors)
-    assert len(steps) == 4 and weights_hash(resumed.model) == weights_hash(trained.model)
-    assert resumed.fit.history.equals(trained.fit.history)
 
 
 # scores

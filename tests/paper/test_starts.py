@@ -21,7 +21,7 @@ from covidsev.paper.runs import build_started, load_run_data, start_from
 from covidsev.paper.starts import (PriorRun, SplitPriors, build_players, game_identity,
                                    image_hashes, label_pool, load_pool, load_pretext_images,
                                    load_priors, pretext_metrics, pretrain_network, read_priors,
-                                   save_priors, start_game, train_phase_one, train_priors)
+                                   save_priors, start_game, train_priors)
 
 from tiny import tiny_backbone
 
@@ -337,28 +337,6 @@ def test_both_stages_read_the_priors_of_their_own_seed_and_check_them(splits, tm
 
 
 # pseudo labels
-
-def test_the_loop_stopped_and_resumed_gives_the_same_labels_and_start(tmp_path, monkeypatch):
-    splits, pool = load_run_data(SEMI), load_pool(SEMI)
-    whole = label_pool(placed(SEMI, tmp_path / "whole"), splits, pool)
-    steps, step = [], training.train_step
-
-    def interrupted(*arguments, **options):
-        steps.append(1)
-        if len(steps) == 4:  # the teacher takes two steps; this is in the first round
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments, **options)
-
-    monkeypatch.setattr(training, "train_step", interrupted)
-    here = placed(SEMI, tmp_path / "stopped")
-    with pytest.raises(TrainingInterrupted):
-        label_pool(here, splits, pool)
-    again = label_pool(here, splits, pool)
-    assert torch.equal(again.labels, whole.labels) and again.rounds.steps == whole.rounds.steps
-    phase_1 = train_phase_one(here, pool, again.labels)
-    network, _ = build_started(here)
-    report = start_from(network, Path(here["checkpoints"]) / "start.pt")
-    assert report.fresh == () and weights_hash(network) == weights_hash(phase_1.model)
 
 
 def test_a_pool_without_labels_serves_the_loop(tmp_path):

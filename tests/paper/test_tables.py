@@ -1,6 +1,5 @@
 """Tables and figures: the render notebooks on whole, partial and missing results, and what their numbers must obey."""
 import ast
-import json
 import re
 from functools import cache, partial
 from pathlib import Path
@@ -334,13 +333,6 @@ def test_results_of_the_repository_can_be_read():
     metrics = tables.collect(runs)
     assert {"dice", "test_loss_sum", "test_loss_mean", *TOOLBOX} <= set(metrics[metrics.subset == "test"].metric)
     assert tables.describe(runs, "cpu").startswith("real · cpu · seeds 0-")
-
-
-def test_no_render_notebook_trains():
-    for path in RENDER:
-        source = "\n".join(cell["source"] for cell in experiments.code_cells(path))
-        assert not re.search(r"import .*\b(training|runs|semi|\w+_runs)\b|\bfit\(|pretrain\(", source), path.name
-        assert len(json.loads(path.read_text(encoding="utf-8"))["cells"]) <= 60, path.name
 
 
 # ---------------------------------------------------------------- the audit
