@@ -1704,6 +1704,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                    'covidsev/paper/runner.py'),
                                        'covidsev.paper.runner.tolerance_of': ( '4_paper/runner.html#tolerance_of',
                                                                                'covidsev/paper/runner.py'),
+                                       'covidsev.paper.runner.wait_for': ('4_paper/runner.html#wait_for', 'covidsev/paper/runner.py'),
                                        'covidsev.paper.runner.write_manifest': ( '4_paper/runner.html#write_manifest',
                                                                                  'covidsev/paper/runner.py')},
             'covidsev.paper.runs': { 'covidsev.paper.runs.ClassMaps': ('4_paper/runs.html#classmaps', 'covidsev/paper/runs.py'),

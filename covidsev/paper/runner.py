@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRINTED', 'RUN', 'TOLERANCES', 'Places', 'execute', 'produced', 'check_outputs', 'publish', 'tidy_checkpoints',
-           'perform', 'run_notebook', 'stop_process', 'child_main', 'Child', 'run_in_child', 'Planned', 'changed_files',
-           'stale_reasons', 'examine', 'describe', 'machine_plan', 'fits', 'run_all', 'cores', 'execute_plan',
-           'tolerance_of', 'manifest', 'write_manifest', 'reproduce']
+           'perform', 'run_notebook', 'stop_process', 'child_main', 'Child', 'wait_for', 'run_in_child', 'Planned',
+           'changed_files', 'stale_reasons', 'examine', 'describe', 'machine_plan', 'fits', 'run_all', 'cores',
+           'execute_plan', 'tolerance_of', 'manifest', 'write_manifest', 'reproduce']
 
 # %% ../../nbs/4_paper/08_runner.ipynb #cell-002
 import base64
@@ -17,6 +17,7 @@ import io
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import sys
@@ -413,7 +414,7 @@ class Child:
     def result(self) -> Any:
         """What the work returned, waited for; its error is raised here."""
         while not self.finished():
-            time.sleep(0.02)
+            wait_for([self])
         late = not self.receiver.poll() and self.process.is_alive()
         self.stop()
         if late:
@@ -438,6 +439,12 @@ class Child:
         if self.process.is_alive():
             stop_process(self.process.pid)
         self.process.join(5)
+
+
+def wait_for(children: Iterable[Child], seconds: float = 1.0) -> None:
+    """Sleeps until one of them answers or dies, or for so long."""
+    ends = [end for each in children for end in (each.receiver, each.process.sentinel)]
+    multiprocessing.connection.wait(ends, seconds)
 
 
 RUN = "covidsev.paper.runner.run_in_child"
@@ -590,7 +597,7 @@ def run_all(planned: list[Planned], start: Callable[[Planned], Child],
                 except CovidSevError as error:
                     finished[name] = error
                 report(by_name[name], finished[name])
-            time.sleep(0.02)
+            wait_for(active.values())
     finally:
         stoppers = [threading.Thread(target=child.stop) for child in active.values()]
         for each in stoppers:
