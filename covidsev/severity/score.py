@@ -551,14 +551,10 @@ class _Case:
         return None if self.sizes is None or self.method.startswith("slice") else self.sizes.voxel_ml
 
 
-def _crop_hu(hu: NDArray | None, box: tuple[slice, ...], lungs: NDArray[np.uint8]) -> NDArray | None:
-    """HU in the box. `IntensityError` where they are infinite, or cannot be HU because none is below 0."""
-    if hu is None:
-        return None
-    hu = hu[box]
-    low, high = float(hu.min()), float(hu.max())  # NaN where one voxel is
-    odd = not np.isfinite(high - low) and (np.isinf(hu[lungs > 0]).any() or not (hu < 0).any())
-    if odd or low >= 0:
+def _checked_hu(hu: NDArray, lungs: NDArray[np.uint8]) -> NDArray:
+    """The same HU. `IntensityError` where they are infinite, or cannot be HU because none is below 0."""
+    odd = not np.isfinite(float(hu.max()) - float(hu.min()))  # NaN where one voxel is
+    if hu.min() >= 0 or (odd and (np.isinf(hu[lungs > 0]).any() or not (hu < 0).any())):
         raise IntensityError("these are not Hounsfield units",
                              found=f"{hu.dtype}, {np.nanmin(hu):g} to {np.nanmax(hu):g}",
                              expected="finite values (NaN: not known), air in the lungs far below 0",
@@ -590,7 +586,8 @@ def _prepare(given: Mapping[str, ArrayLike | None], z: ArrayLike | None, spacing
     areas = np.zeros(lungs.shape[2], int)
     areas[box[2]] = slice_areas(kept)
     truncated = method in ("lobes", "geometric") and bool(cut_ends(areas))
-    case = _Case(kept, lesion, _crop_hu(volumes["hu"], box, kept), labels, method, truncated, sizes, shares,
+    hu = None if volumes["hu"] is None else _checked_hu(volumes["hu"][box], kept)
+    case = _Case(kept, lesion, hu, labels, method, truncated, sizes, shares,
                  box, allow, floor)
     case.ids = (_partition(kept, lobes, geometry, levels) if case.known
                 else _paint(kept, (1, 2), _sector_slice))

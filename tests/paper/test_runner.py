@@ -284,7 +284,7 @@ def test_the_time_that_is_left_is_known_from_earlier_runs(tmp_path):
     report = runner._reporter(plan, places, 2, lines.append)
     for each in plan:
         report(each, 1.0)
-    assert [line.partition("about ")[2] for line in lines] == ["20 min left", "15 min left", "10 min left", "5 min left", ""]
+    assert [line.partition("about ")[2] for line in lines] == ["25 min left", "20 min left", "15 min left", "10 min left", "10 min left", ""]
 
 
 def test_a_chain_runs_in_order_and_keys_follow_it(toys):
