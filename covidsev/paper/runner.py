@@ -609,20 +609,26 @@ def run_all(planned: list[Planned], start: Callable[[Planned], Child],
 
 def _reporter(planned: list[Planned], places: Places, jobs: int,
               echo: Callable[[str], None]) -> Callable[[Planned, Any], None]:
-    """A function that prints one line for each finished run, with the time that is left."""
+    """A function that prints a line for each finished run: a bar, its outcome, the time that is left.
+
+    The time is that of earlier results, of the same run or of one alike; also said at the start."""
     left = {each.run.name: _earlier(places, each.run).get("seconds") for each in planned}
     total = len(planned)
+
+    def line(what: str) -> None:
+        known, done = [each for each in left.values() if each is not None], total - len(left)
+        rest = sum(known) / max(1, len(known)) * len(left) / min(jobs, max(1, len(left)))
+        more = f" · about {rest / 60:.0f} min left" if rest > 30 else ""
+        echo(f"[{'#' * (20 * done // max(1, total)):.<20}] {done}/{total} {what}{more}")
 
     def report(each: Planned, result: Any) -> None:
         left.pop(each.run.name, None)
         verb = "skipped" if isinstance(result, DataMissingError) else "FAILED"
-        outcome = f"{verb}: {result.what}" if isinstance(result,
-                                                         CovidSevError) else f"{result:.0f} s"
-        known = [seconds for seconds in left.values() if seconds is not None]
-        rest = sum(known) / max(1, len(known)) * len(left) / jobs if known else 0
-        more = f" · about {rest / 60:.0f} min left" if rest > 30 else ""
-        echo(f"[{total - len(left)}/{total}] {each.run.name} · {outcome}{more}")
+        line(f"{each.run.name} · {verb}: {result.what}" if isinstance(result, CovidSevError)
+             else f"{each.run.name} · {result:.0f} s")
 
+    if total:
+        line(f"{jobs} side by side")
     return report
 
 

@@ -71,26 +71,12 @@ def plane_sizes(shape: tuple[int, ...], spacing_mm: Sequence[float] | None) -> S
     return Sizes(first, second, None) if len(shape) == 2 else Sizes(second, first, float(spacing_mm[2]))
 
 # %% ../../nbs/3_severity/01_lungs.ipynb #cell-011
-def _pack(mask: np.ndarray) -> np.ndarray:
-    """Eight planes of a mask (Z, Y, X) in one: uint8 (Z / 8, Y, X). (`np.packbits` takes seven times as long here.)"""
-    packed = np.zeros((-(-len(mask) // 8), *mask.shape[1:]), np.uint8)
-    for bit in range(8):
-        packed[:len(mask[bit::8])] |= mask[bit::8].view(np.uint8) << bit
-    return packed
-
-
-def _unpack(packed: np.ndarray, planes: int) -> np.ndarray:
-    """The inverse of `_pack`."""
-    mask = np.empty((planes, *packed.shape[1:]), np.uint8)
-    for bit in range(8):
-        mask[bit::8] = packed[:len(mask[bit::8])] >> bit & 1
-    return mask.view(bool)
-
-
 def grow(mask: np.ndarray, radius: float, pixel: Sequence[float] = (1.0, 1.0)) -> np.ndarray:
     """`mask` (Z, Y, X) grown in each plane by a disk of `radius`; pixel: height and width in its unit."""
-    packed, (tall, wide) = _pack(mask), pixel
-    row, grown, width = packed.copy(), np.zeros_like(packed), 0
+    row = np.zeros((-(-len(mask) // 8), *mask.shape[1:]), np.uint8)
+    for bit in range(8):  # eight planes in one; `np.packbits` takes seven times as long along this axis
+        row[:len(mask[bit::8])] |= mask[bit::8].view(np.uint8) << bit
+    grown, width, (tall, wide) = np.zeros_like(row), 0, pixel
     for dy in range(int(radius / tall + 1e-9), -1, -1):  # the rows of the disk, narrow ones first
         half = int(max(0.0, radius**2 - (dy * tall) ** 2) ** 0.5 / wide + 1e-9)
         while width < half:
@@ -101,13 +87,15 @@ def grow(mask: np.ndarray, radius: float, pixel: Sequence[float] = (1.0, 1.0)) -
         if dy < mask.shape[1]:
             grown[:, dy:] |= row[:, :mask.shape[1] - dy]
             grown[:, :mask.shape[1] - dy] |= row[:, dy:]
-    return _unpack(grown, len(mask))
+    unpacked = np.empty(mask.shape, np.uint8)
+    for bit in range(8):
+        unpacked[bit::8] = grown[:len(unpacked[bit::8])] >> bit & 1
+    return unpacked.view(bool)
 
 
 def shrink(mask: np.ndarray, radius: float, pixel: Sequence[float] = (1.0, 1.0)) -> np.ndarray:
     """`mask` (Z, Y, X) without what lies within `radius` of its outside; the edge of the image is no border."""
-    grown = grow(~mask, radius, pixel)
-    return np.logical_not(grown, out=grown)
+    return np.logical_not(grown := grow(~mask, radius, pixel), out=grown)
 
 # %% ../../nbs/3_severity/01_lungs.ipynb #cell-014
 OPEN_SHARE = 0.015  # of a plane: the least that a lung open to its edge covers
@@ -415,8 +403,7 @@ def _candidates(infection: np.ndarray, labels: np.ndarray, planes: np.ndarray, b
     found = infection & (labels == 0)
     if found.any():
         found &= shrink(np.pad(body, ((0, 0), (1, 1), (1, 1))), GATE_MM, (sizes.y, sizes.x))[:, 1:-1, 1:-1]
-        if unit == "HU":
-            found &= planes < GATE_HU
+        found &= (unit != "HU") | (planes < GATE_HU)
     return found
 
 
