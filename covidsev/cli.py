@@ -314,9 +314,15 @@ def list_data() -> None:
         click.echo(describe(card) + "\n")
 
 
+def _clone_or_here() -> Path:
+    with contextlib.suppress(ConfigError):
+        return repo_root()
+    return Path()
+
+
 @data.command("get")
 @click.argument("name")
-@click.option("--root", help="Data folder (default: COVIDSEV_DATA, then data/ in the repository).")
+@click.option("--root", help="Data folder (default: COVIDSEV_DATA, then data/ in the clone, or here).")
 @click.option("--url", help="Mirror to fetch from instead of the catalogue's address.")
 @click.option("--sha256", help="Hash of the mirror's archive.")
 @click.option("--force", is_flag=True, help="Fetch again even where a whole copy is there.")
@@ -325,7 +331,7 @@ def get_data(name: str, root: str | None, url: str | None, sha256: str | None, f
     hash."""
     from covidsev.data.sources import get_data as get
 
-    folder = Path(root) if root else data_root() or repo_root() / "data"
+    folder = Path(root) if root else data_root() or _clone_or_here() / "data"
     click.echo(
         f"data set is at {get(name, folder, url=url, sha256=sha256, force=force, echo=click.echo)}")
 
