@@ -14,6 +14,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                               'covidsev.cli._Formatter': ('cli.html#_formatter', 'covidsev/cli.py'),
                               'covidsev.cli._Formatter.write_heading': ('cli.html#_formatter.write_heading', 'covidsev/cli.py'),
                               'covidsev.cli._as_option': ('cli.html#_as_option', 'covidsev/cli.py'),
+                              'covidsev.cli._clone_or_here': ('cli.html#_clone_or_here', 'covidsev/cli.py'),
                               'covidsev.cli._colour': ('cli.html#_colour', 'covidsev/cli.py'),
                               'covidsev.cli._definitions': ('cli.html#_definitions', 'covidsev/cli.py'),
                               'covidsev.cli._drawn': ('cli.html#_drawn', 'covidsev/cli.py'),
