@@ -1527,8 +1527,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                         'covidsev/paper/experiments.py'),
                                             'covidsev.paper.experiments._experiment': ( '4_paper/experiments.html#_experiment',
                                                                                         'covidsev/paper/experiments.py'),
-                                            'covidsev.paper.experiments._import_statements': ( '4_paper/experiments.html#_import_statements',
-                                                                                               'covidsev/paper/experiments.py'),
                                             'covidsev.paper.experiments._imported': ( '4_paper/experiments.html#_imported',
                                                                                       'covidsev/paper/experiments.py'),
                                             'covidsev.paper.experiments._names_used': ( '4_paper/experiments.html#_names_used',

@@ -248,11 +248,10 @@ def load_registry(path: str | Path | None = None) -> Registry:
                           found=error) from None
     check_keys("the registry", document, ["profiles", "experiments"], ["profiles", "experiments"],
                file)
-    registry = Registry(
-        file.parent,
-        {name: _profile(name, _with_model(name, table, document["profiles"], file), file)
-         for name, table in document["profiles"].items()},
-        {name: _experiment(name, table, file) for name, table in document["experiments"].items()})
+    registry = Registry(file.parent, {
+        name: _profile(name, _with_model(name, table, document["profiles"], file), file)
+        for name, table in document["profiles"].items()}, {
+        name: _experiment(name, table, file) for name, table in document["experiments"].items()})
     _check_references(registry)
     execution_order(registry)
     return registry
@@ -287,8 +286,7 @@ def plain_literals(source: str) -> dict[str, Any]:
             values[name.id] = ast.literal_eval(node.value)
         except (AttributeError, ValueError):
             raise NotebookError("the parameters cell holds more than plain literals",
-                                found=ast.unparse(node),
-                                fix="derive values in a later cell") from None
+                    found=ast.unparse(node), fix="derive values in a later cell") from None
     return values
 
 
@@ -597,6 +595,7 @@ def _base(node: ast.ImportFrom, module: str) -> str:
     return importlib.util.resolve_name(name, module.rpartition(".")[0] or PACKAGE).rstrip(".")
 
 
+@functools.lru_cache(maxsize=256)
 def imports_of(source: str, module: str = "") -> set[tuple[str, str]]:
     """(module, name) of all that a text imports from this library, anywhere in it; the name is ""
     for a module.
@@ -604,10 +603,10 @@ def imports_of(source: str, module: str = "") -> set[tuple[str, str]]:
     module: where the text stands, for relative imports. `ConfigError` for a module that is not
     there."""
     known, found = library_modules(), set()
-    for node in _import_statements(source):
+    for node in ast.walk(_parse(source)):
         if isinstance(node, ast.Import):
             found |= {(alias.name, "") for alias in node.names}
-        else:
+        elif isinstance(node, ast.ImportFrom):
             base = _base(node, module)
             full = {alias.name: f"{base}.{alias.name}" for alias in node.names}
             found |= {(path, "") if path in known else (base, name) for name, path in full.items()}
@@ -616,12 +615,6 @@ def imports_of(source: str, module: str = "") -> set[tuple[str, str]]:
     for name in {name for name, _ in ours} - set(known):
         raise ConfigError(f"no module {name!r} in this library", fix=suggest(name, known))
     return ours
-
-
-@functools.lru_cache(maxsize=128)
-def _import_statements(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
-    """Those of a text, anywhere in it."""
-    return tuple(node for node in ast.walk(_parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom)))
 
 
 def _parse(source: str) -> ast.Module:
@@ -648,8 +641,8 @@ def _without_words(tree: ast.Module) -> ast.Module:
             for each in ast.walk(node):
                 if isinstance(each, ast.Constant) and isinstance(each.value, str):
                     each.value = ""
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module
-                                                                or "").startswith(PACKAGE)):
+        if isinstance(node, ast.ImportFrom) and (
+                node.level or f"{node.module}".startswith(PACKAGE)):
             node.module, node.level = PACKAGE, 0
     return tree
 

@@ -253,6 +253,7 @@ def package(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "LIBRARY", tmp_path / "covidsev")
 
     def write(**modules):
+        experiments.imports_of.cache_clear()  # it remembers which modules there are
         for name, source in modules.items():
             file = tmp_path / "covidsev" / f"{name.replace('__', '/')}.py"
             file.parent.mkdir(parents=True, exist_ok=True)
