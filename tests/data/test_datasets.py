@@ -60,8 +60,7 @@ def test_layout_round_trip_and_every_form_of_root(tmp_path, monkeypatch):
         expected = train.subset([train.ids.index(name) for name in loaded.ids])
         assert loaded.content_hash() == expected.content_hash()
     assert load_covid_semiseg(dataset, "test").content_hash() == test.content_hash()
-    with pytest.raises(ConfigError, match="did you mean 'train'"):
-        load_covid_semiseg(dataset, "trian")
+    pytest.raises(ConfigError, load_covid_semiseg, dataset, "trian").match("did you mean 'train'")
 
 
 def test_unpacked_zips_are_roots_for_what_they_hold(tmp_path):
@@ -75,23 +74,20 @@ def test_unpacked_zips_are_roots_for_what_they_hold(tmp_path):
         (flat / name.split("/")[1]).parent.mkdir(exist_ok=True)
         os.rename(dataset / name, flat / name.split("/")[1])
     assert load_covid_semiseg(flat, "train").binary_only and len(load_covid_semiseg(flat, "test")) == 2
-    with pytest.raises(DataMissingError, match="no test slices"):
-        load_covid_semiseg(multi, "test")
+    pytest.raises(DataMissingError, load_covid_semiseg, multi, "test").match("no test slices")
 
 
 def test_missing_data_names_the_command_and_never_gives_the_phantom(tmp_path):
     with pytest.raises(DataMissingError, match="(?s)covidsev data get covid-semiseg.*COVIDSEV_DATA"):
         load_splits("covid-semiseg", root=tmp_path)
-    with pytest.raises(DataMissingError, match="no unlabelled"):
-        load_unlabelled(tree(tmp_path)[0])
+    pytest.raises(DataMissingError, load_unlabelled, tree(tmp_path)[0]).match("no unlabelled")
 
 
 def test_shapes_that_differ_are_refused_with_both_shapes(tmp_path):
     dataset, _, _ = tree(tmp_path)
     save(dataset / "TrainingSet/MultiClassInfection-Train/Imgs/2.png", np.zeros((40, 50), np.uint8))
     shapes = r"(?s)slice 2 differ in shape.*image \(40, 50\), mask \(40, 39\)"
-    with pytest.raises(GeometryError, match=shapes):
-        load_covid_semiseg(dataset, "train")
+    pytest.raises(GeometryError, load_covid_semiseg, dataset, "train").match(shapes)
 
 
 def test_binary_and_multi_class_masks_must_agree(tmp_path):
@@ -139,8 +135,7 @@ def test_edge_equals_the_gradient_rule_whichever_side_is_the_mask(mask):
 def test_folds_are_whole_groups_and_about_equal(numbers, k, seed):
     whole = slices([str(i) for i in range(len(numbers))], [f"g{n}" for n in numbers])
     if len(set(numbers)) < k:
-        with pytest.raises(ConfigError, match="folds of whole groups"):
-            group_folds(whole, k, seed)
+        pytest.raises(ConfigError, group_folds, whole, k, seed).match("folds of whole groups")
         return
     folds = group_folds(whole, k, seed)
     assert folds.shape == (len(numbers),) and set(folds) <= set(range(k))
@@ -171,8 +166,7 @@ def test_subsets_are_nested_whatever_the_sizes(count, seed, data):
     assert set(nested_subset(whole, small, seed)) <= set(chosen) and len(set(chosen)) == large
     assert chosen == sorted(chosen) and nested_subset(whole, count, seed) == list(range(count))
     for n in (0, -1, count + 1):
-        with pytest.raises(ConfigError, match="training slices"):
-            nested_subset(whole, n, seed)
+        pytest.raises(ConfigError, nested_subset, whole, n, seed).match("training slices")
 
 
 def test_no_limit_means_all_training_slices_in_their_order(tmp_path):
@@ -180,8 +174,7 @@ def test_no_limit_means_all_training_slices_in_their_order(tmp_path):
     ids = [load_splits("covid-semiseg", root=root, n_train=n).train.ids for n in (1, 2, 3, None)]
     assert set(ids[0]) < set(ids[1]) < set(ids[2]) < set(ids[3]) and ids[3] == ["0", "1", "2", "10"]
     for data, n in (("covid-semiseg", 5), ("covid-semiseg", 0), ("phantom", 0), ("phantom", -2)):
-        with pytest.raises(ConfigError, match=f"n_train = {n}"):
-            load_splits(data, root=root, n_train=n, size=64)
+        pytest.raises(ConfigError, load_splits, data, root=root, n_train=n, size=64).match(f"n_train = {n}")
 
 
 @settings(max_examples=60, deadline=None)
@@ -195,8 +188,7 @@ def test_a_sample_of_the_pool_is_spread_evenly(numbers, seed, data):
     for scan, count in counts.items():  # nobody has two fewer than another, unless it has no more
         assert count == scans.count(scan) or count >= max(counts.values()) - 1
     for wrong in (len(scans) + 1, -1):
-        with pytest.raises(ConfigError, match="unlabelled slices"):
-            spread_over_scans(scans, wrong, seed)
+        pytest.raises(ConfigError, spread_over_scans, scans, wrong, seed).match("unlabelled slices")
 
 
 def chest(size=64, spine="right", level=LABELLED_PEAKS):
@@ -245,8 +237,7 @@ def test_a_rule_is_undecided_between_the_votes():
     assert scan_rule([left] * 4 + [right]) == ScanRule(True, None)
     rule = scan_rule([chest(level=(14, 98))])
     assert harmonise(np.array([[14, 98]], np.uint8), rule).tolist() == [list(LABELLED_PEAKS)]
-    with pytest.raises(IntensityError, match="one grey value"):
-        scan_rule([np.full((40, 40), 7, np.uint8)])
+    pytest.raises(IntensityError, scan_rule, [np.full((40, 40), 7, np.uint8)]).match("one grey value")
 
 
 @settings(max_examples=60, deadline=None)
@@ -271,8 +262,7 @@ def test_harmonising_keeps_shape_type_and_the_order_of_greys(picture, mirrored):
 def test_pseudo_labels_that_cannot_be_used_are_named(tmp_path, fault, error, words):
     root, part = make_pool(tmp_path)
     fault(part / "GT" / "Data-1_coronacases_org_003_0.png")
-    with pytest.raises(error, match=words):
-        pseudo_label_tensors(load_unlabelled(root), 64)
+    pytest.raises(error, pseudo_label_tensors, load_unlabelled(root), 64).match(words)
     assert len(pool_tensors(load_unlabelled(root), 64)[1]) == 6  # the images need no maps
 
 
@@ -280,12 +270,10 @@ def test_a_damaged_slice_of_the_pool_is_named_and_an_empty_pool_is_no_pool(tmp_p
     root, part = make_pool(tmp_path)
     bad = part / "Imgs" / "Data-1_coronacases_org_003_1.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    with pytest.raises(ReadError, match="003_1"):
-        pool_tensors(load_unlabelled(root), 64)
+    pytest.raises(ReadError, pool_tensors, load_unlabelled(root), 64).match("003_1")
     for path in (part / "Imgs").iterdir():
         path.unlink()
-    with pytest.raises(ConfigError, match="a pool with slices"):
-        pool_tensors(load_unlabelled(root), 64)
+    pytest.raises(ConfigError, pool_tensors, load_unlabelled(root), 64).match("a pool with slices")
 
 
 def test_the_phantom_pool_is_repeatable_and_its_labels_are_the_truth_moved():

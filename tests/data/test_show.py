@@ -31,8 +31,7 @@ def test_contour_lies_inside_and_touches_the_outside(image):
 @given(IMAGES, IMAGES)
 def test_errors_count_every_pixel_once(one, other):
     if one.shape != other.shape:
-        with pytest.raises(GeometryError):
-            show.error_map(one > 127, other > 127)
+        pytest.raises(GeometryError, show.error_map, one > 127, other > 127)
         return
     truth, prediction = one > 127, other > 127
     errors = show.error_map(truth, prediction)

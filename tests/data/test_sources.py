@@ -57,8 +57,7 @@ def test_every_card_says_where_the_set_is_missing(tmp_path):
             with pytest.raises(DataMissingError, match="(?s)is not there.*<data root>"):
                 get_source(name).locate(tmp_path)
         elif name != "covid-semiseg":
-            with pytest.raises(ConfigError, match="nothing here reads it"):
-                get_source(name)
+            pytest.raises(ConfigError, get_source, name).match("nothing here reads it")
     papers = {"covid-semiseg", "medseg", "medseg-volumes", "ictcf", "covid-ct", "covid-chestxray", "cc-ccii"}
     read = {"medseg9", "covid19-ct-seg-slices", "coronacases10", "ictcf", "mosmed", "covid-ct", "covid-ct-md"}
     assert papers <= cards().keys() and read == SOURCES.keys()
@@ -76,8 +75,7 @@ def test_a_set_fetched_by_hand_says_how_and_is_accepted_when_there(tmp_path):
     with pytest.raises(DataMissingError, match="(?s)cannot be fetched by a program.*save dataset_registry.xlsx"):
         get_data("mosmed", tmp_path, echo=str)
     assert get_data("mosmed", mosmed(tmp_path), echo=str).name == "COVID19_1110"
-    with pytest.raises(ConfigError, match="did you mean 'mosmed'"):
-        check_data("mosmeds", tmp_path)
+    pytest.raises(ConfigError, check_data, "mosmeds", tmp_path).match("did you mean 'mosmed'")
 
 
 # --- tables
@@ -96,10 +94,8 @@ def test_tables_of_all_kinds_give_the_same_rows(tmp_path, delimiter, mark):
     (b"", "not clear"), (b"\xff\xfea", "not UTF-8"), (b'a,b\n"1,2\n', "cannot be read"), (b"b\n1\n", "expected: a")])
 def test_tables_that_are_refused(tmp_path, content, words):
     (tmp_path / "t.csv").write_bytes(content)
-    with pytest.raises(ConfigError, match=words):
-        list(read_rows(tmp_path / "t.csv", need=["a"]))
-    with pytest.raises(ConfigError, match="cannot be read"):
-        list(read_rows(tmp_path))
+    pytest.raises(ConfigError, list, read_rows(tmp_path / "t.csv", need=["a"])).match(words)
+    pytest.raises(ConfigError, list, read_rows(tmp_path)).match("cannot be read")
 
 
 @settings(max_examples=30, deadline=None)
@@ -111,8 +107,7 @@ def test_an_unknown_class_is_never_a_severity(tmp_path_factory, word):
     if word.casefold() in known:
         assert read_ictcf_table(path)[1].severity == known[word.casefold()]
     else:
-        with pytest.raises(ConfigError, match="row 2: unknown class"):
-            read_ictcf_table(path)
+        pytest.raises(ConfigError, read_ictcf_table, path).match("row 2: unknown class")
 
 
 def test_the_site_text_has_no_header(tmp_path):
@@ -247,8 +242,7 @@ def test_mosmed_registries_that_are_refused(tmp_path, lines, error, words):
     if lines:
         path.write_text("\n".join(["study_id,category,study_file,mask_file", *lines]), encoding="utf-8")
         assert not check_data("mosmed", tmp_path).ok
-    with pytest.raises(error, match=words):
-        list(get_source("mosmed").find(tmp_path))
+    pytest.raises(error, list, get_source("mosmed").find(tmp_path)).match(words)
 
 
 def test_masks_of_a_volume_that_do_not_fit_are_faults(tmp_path):
@@ -257,8 +251,7 @@ def test_masks_of_a_volume_that_do_not_fit_are_faults(tmp_path):
     write_nifti(masks / "study_0255_mask.nii.gz", np.zeros((4, 4, 4), np.int16), np.eye(4))
     assert any("differ in shape" in fault for fault in check_data("mosmed", tmp_path).faults)
     write_nifti(masks / "study_0256_mask.nii.gz", np.full((40, 36, 5), 7, np.int16), np.eye(4))
-    with pytest.raises(MaskError, match="7: "):
-        load_masks(list(get_source("mosmed").find(tmp_path))[1])
+    pytest.raises(MaskError, load_masks, list(get_source("mosmed").find(tmp_path))[1]).match("7: ")
 
 
 def test_data_check_and_get_on_the_command_line(tmp_path):
@@ -303,11 +296,9 @@ def test_ictcf_series_unlisted_patients_and_no_table(tmp_path):
     assert len({one.case_id for one in samples}) == 3
     assert "no table of patients" in check_data("ictcf", root).notices[0]
     table(root / "patients.csv", ["Patient", "Morbidity"], ["Patient 1", "Mild"])
-    with pytest.raises(ConfigError, match="not in the table"):
-        list(get_source("ictcf").find(root))
+    pytest.raises(ConfigError, list, get_source("ictcf").find(root)).match("not in the table")
     (root / "Patient 1/a/1.jpg").write_bytes(b"<html>")
-    with pytest.raises(ReadError):
-        load_masks(next(get_source("ictcf").find(root)))
+    pytest.raises(ReadError, load_masks, next(get_source("ictcf").find(root)))
 
 
 def test_covid_ct_reads_by_content_and_keeps_names(tmp_path):

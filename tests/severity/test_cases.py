@@ -89,8 +89,7 @@ def test_resume_takes_over_what_is_whole(clinic, given, tmp_path):
     for other in (replace(given, min_fraction=0.03), replace(given, lungs=None)):
         assert resumed(other) == 0
     (out / "ben" / MANIFEST).unlink()
-    with pytest.raises(ConfigError, match="not a result of this library"):
-        resumed()
+    pytest.raises(ConfigError, resumed).match("not a result of this library")
 
 
 def test_resume_notices_a_changed_input(clinic, tmp_path):
@@ -182,8 +181,7 @@ def test_files_of_the_user_are_not_touched(clinic, given, tmp_path, name):
     out, scan = tmp_path / "out", clinic / "scans"
     out.mkdir()
     (out / name).write_text("mine")
-    with pytest.raises(ConfigError, match=f"(?s)so it stays.*{name}.*-o OUT"):
-        process_cases(scan, out, given)
+    pytest.raises(ConfigError, process_cases, scan, out, given).match(f"(?s)so it stays.*{name}.*-o OUT")
     assert [path.name for path in out.iterdir() if path.name != ".lock"] == [name] and (out / name).read_text() == "mine"
     (out / name).unlink()
     (out / ".x.part").mkdir()
@@ -194,8 +192,7 @@ def test_files_of_the_user_are_not_touched(clinic, given, tmp_path, name):
     assert (out / ".x.part" / "mine").read_text() == (out / "superseded" / "anna" / "note.txt").read_text() == "mine"
     if (out / name).is_file():
         (out / name).write_text((out / name).read_text() + "mine")
-        with pytest.raises(ConfigError, match="so it stays"):
-            process_cases(scan, out, given)
+        pytest.raises(ConfigError, process_cases, scan, out, given).match("so it stays")
 
 
 def test_a_manifest_that_is_none_is_not_ours(clinic, given, tmp_path):
@@ -291,8 +288,7 @@ def test_weights_are_part_of_the_key(anna, network, tmp_path):
 
 
 def test_a_scan_is_no_file_of_weights(anna, tmp_path):
-    with pytest.raises(CheckpointError):
-        process_cases(anna.scan, tmp_path / "out", Options(weights=anna.scan))
+    pytest.raises(CheckpointError, process_cases, anna.scan, tmp_path / "out", Options(weights=anna.scan))
     assert not [path for path in (tmp_path / "out").iterdir() if path.name != ".lock"]
 
 
@@ -328,8 +324,7 @@ def test_values_of_masks_and_their_remedies(anna, tmp_path):
             (anna.options(lungs=swapped), GeometryError, "right lung lies on patient's left.*--label-map lungs:1=2,2=1"),
             (anna.options(lobes=odd), MaskError, "--label-map lobes:3=1"),
             (Options(infection=odd), MaskError, "--label-map infection:3=1")):
-        with pytest.raises(error, match=f"(?s){words}"):
-            process_case(anna.scan, tmp_path / "x", options)
+        pytest.raises(error, process_case, anna.scan, tmp_path / "x", options).match(f"(?s){words}")
     plain = process_case(anna.scan, tmp_path / "out", anna.options(lungs=anna.lungs))
     mended = process_case(anna.scan, tmp_path / "out", anna.options(lungs=swapped, label_map={"lungs": {1: 2, 2: 1}}))
     assert mended["ct_ss"] == plain["ct_ss"] and mended["regions"] == plain["regions"]
@@ -351,8 +346,7 @@ def test_pairing(clinic, tmp_path):
             (Options(infection=masks), MaskError, "ben: 2 masks"),
             (Options(infection=masks / "ben.nii.gz"), ConfigError, "one infection mask for 2 cases"),
             (Options(lobes=tmp_path / "nowhere"), ConfigError, "check --lobes")):
-        with pytest.raises(error, match=words):
-            process_cases(clinic / "scans", tmp_path / "out", options)
+        pytest.raises(error, process_cases, clinic / "scans", tmp_path / "out", options).match(words)
     assert not (tmp_path / "out").exists()
 
 
@@ -444,8 +438,7 @@ def test_places_that_cannot_be_written(clinic, anna, network, given, tmp_path):
     (study / "anna").mkdir(parents=True)
     shutil.copy(anna.scan, study / "anna" / "scan.nii.gz")
     before = tree(study)
-    with pytest.raises(ConfigError, match="so it stays"):
-        process_cases(study, study, network)
+    pytest.raises(ConfigError, process_cases, study, study, network).match("so it stays")
     assert tree(study) == before
 
 

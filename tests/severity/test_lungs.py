@@ -147,8 +147,7 @@ def test_repair_warns_and_then_refuses():
     infection = boxes((200, 200), (80, 120, 40, 75)) > 0
     found = repair(labels, infection)
     assert 0.4 < found.repair_fraction < 0.7 and any(note.startswith("lung_repair_large") for note in found.warnings)
-    with pytest.raises(LungSegmentationError, match="suspicious"):
-        repair(labels, infection, strict=True)
+    pytest.raises(LungSegmentationError, repair, labels, infection, strict=True).match("suspicious")
     infection[20:180, 40:95] = True
     with pytest.raises(LungSegmentationError, match="more of the lung is guessed than found"):
         repair(labels, infection)
@@ -237,16 +236,14 @@ def test_no_lung_is_an_error_and_never_a_zero(patient):
     for image, mm, given, words in ((np.where(lungs > 0, 30.0, hu), spacing, None, "no lung was found"),
                                     (hu, spacing, np.zeros_like(lungs), "empty"),
                                     (np.where(liver.lungs > 0, 40.0, liver.hu), liver.spacing_mm, None, "no lung")):
-        with pytest.raises(LungSegmentationError, match=words):
-            segment_lungs(image, mm, lungs=given)
+        pytest.raises(LungSegmentationError, segment_lungs, image, mm, lungs=given).match(words)
 
 
 def test_values_and_units_that_cannot_be(patient):
     hu, _, _, spacing, _ = patient
     for values, unit, error, words in ((hu + 1024, "HU", IntensityError, "not Hounsfield units"),
                                        (hu, "hounsfield", ConfigError, "unit")):
-        with pytest.raises(error, match=words):
-            segment_lungs(values, spacing, unit)
+        pytest.raises(error, segment_lungs, values, spacing, unit).match(words)
 
 
 def names(notes: list[str]) -> set[str]:
@@ -321,15 +318,13 @@ def test_given_lungs_are_split_checked_and_repaired(patient):
     for given, options, words in ((swapped, {}, "right lung lies on patient's left"), (lungs[1:], {}, "differ in shape"),
                                   (lungs, {"situs_inversus": True}, "situs-inversus"),
                                   (np.where(lungs > 0, 3 * lungs, 0), {}, "--lobes")):
-        with pytest.raises(GeometryError, match=words):
-            segment_lungs(hu, spacing, lungs=given, **options)
+        pytest.raises(GeometryError, segment_lungs, hu, spacing, lungs=given, **options).match(words)
 
 
 @pytest.mark.parametrize("shape, spacing, text", [((4, 4), (1.0,), "2 sizes"), ((4, 4, 4), (1.0, 1.0, 0.0), "3 sizes"),
                                                   ((4,), None, "neither a slice"), ((4, 4), (1.0, np.nan), "2 sizes")])
 def test_sizes_that_do_not_fit(shape, spacing, text):
-    with pytest.raises(GeometryError, match=text):
-        plane_sizes(shape, spacing)
+    pytest.raises(GeometryError, plane_sizes, shape, spacing).match(text)
 
 
 def test_otsu_of_one_value_splits_nothing_and_warns_not():
@@ -388,8 +383,7 @@ def test_weights_are_verified_before_anything_is_loaded(monkeypatch, patient, we
             ({"weights": tmp_path / "none-00000000.pth"}, ConfigError, "not there"),
             ({"weights": weights, "model": "R232"}, ConfigError, "R231"),
             ({"weights": weights, "device": "cuda:99"}, ConfigError, "cuda:99")]:
-        with pytest.raises(error, match=text):
-            engine_lungs("lungmask", patient[0], patient[3], **given)
+        pytest.raises(error, engine_lungs, "lungmask", patient[0], patient[3], **given).match(text)
 
 
 class Canary:

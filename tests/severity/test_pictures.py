@@ -95,7 +95,5 @@ def test_a_lying_picture_is_suspected_and_only_pictures_are_turned(jane, anna, t
              r"image and mask differ in shape.*mask \(80, 70\), image \(80, 80\)"),
             (anna.scan, anna.options(picture_axes="LP"), ConfigError,
              "only pictures can be turned.*orientation RAS.*leave out --picture-axes")):
-        with pytest.raises(error, match=f"(?s){words}"):
-            process_case(path, tmp_path / "c", wrong)
-    with pytest.raises(ConfigError, match="(?s)picture axes.*PA"):
-        check_options(Options(picture_axes="PA"))
+        pytest.raises(error, process_case, path, tmp_path / "c", wrong).match(f"(?s){words}")
+    pytest.raises(ConfigError, check_options, Options(picture_axes="PA")).match("(?s)picture axes.*PA")

@@ -228,8 +228,7 @@ def test_numbers_on_coloured_regions_can_be_read():
 def test_bad_results_are_refused(cases):
     for result, words in (({}, "not a severity result"), *((cases["full"] | {"model": {"sha256": "0"}, "severe": severe},
                           "whose error was not measured") for severe in (True, False))):  # no verdict without one
-        with pytest.raises(ConfigError, match=words):
-            reports.case_html(result)
+        pytest.raises(ConfigError, reports.case_html, result).match(words)
 
 
 def test_a_drawn_mask_is_shown_with_its_measured_error(cases):

@@ -109,27 +109,23 @@ def test_a_slice_looks_as_in_its_volume_and_grey_values_have_no_window(study):
     {"regions": np.full((6, 5), 21)}, {"probs": np.full((6, 5), 1.01)}, {"probs": np.full((6, 5), -0.01)},
     {"probs": np.full((6, 5), np.inf)}, {"probs": np.zeros((6, 5, 1))}], ids=str)
 def test_layers_that_do_not_fit(layer):
-    with pytest.raises(CovidSevError, match=next(iter(layer))):
-        make_study(np.full((6, 5), -700.0), **layer)
+    pytest.raises(CovidSevError, make_study, np.full((6, 5), -700.0), **layer).match(next(iter(layer)))
 
 
 @pytest.mark.parametrize("image", [np.zeros((0, 4)), np.zeros((2, 2, 2, 2)), np.full((3, 3), 0.5),
                                    np.full((3, 3), -np.inf)], ids=lambda image: str(image.shape))
 def test_images_that_are_no_scan(image):
-    with pytest.raises(CovidSevError, match="expected"):
-        make_study(image)
+    pytest.raises(CovidSevError, make_study, image).match("expected")
 
 
 @pytest.mark.parametrize("look", [Look(-1), Look(width=-5), Look(level=float("nan")), Look(width=float("inf")),
                                   Look(alpha=1.5), Look(colour="masks"), Look(colour="probability")], ids=str)
 def test_looks_that_cannot_be(study, look):
-    with pytest.raises(ConfigError):
-        render_slice(study, look)
+    pytest.raises(ConfigError, render_slice, study, look)
 
 
 def test_a_failed_snapshot_leaves_no_figure_open(study):
-    with pytest.raises(ConfigError, match="no slice 99"):
-        snapshot(study.image, slices=[0, 99])
+    pytest.raises(ConfigError, snapshot, study.image, slices=[0, 99]).match("no slice 99")
     snapshot(study.image)
     assert not plt.get_fignums()
 
