@@ -145,17 +145,6 @@ def test_folds_are_whole_groups_and_about_equal(numbers, k, seed):
     assert np.array_equal(folds, group_folds(whole, k, seed))
 
 
-def test_folds_are_alike_in_infected_share():
-    labels = [(np.arange(1600).reshape(40, 40) < 30 * index).astype(np.uint8) for index in range(50)]
-    whole = replace(slices([str(k) for k in range(50)]), labels=labels, images=labels)
-    shares = np.array([label.mean() for label in labels])
-    dealt = [group_folds(whole, 5, seed) for seed in range(10)]
-    for folds in dealt:
-        assert np.bincount(folds).tolist() == [10] * 5
-        assert np.ptp([shares[folds == k].mean() for k in range(5)]) < 0.03 < shares.std()
-    assert len({tuple(folds) for folds in dealt}) == 10
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 45), st.integers(0, 10**6), st.data())
 def test_subsets_are_nested_whatever_the_sizes(count, seed, data):
@@ -338,12 +327,3 @@ def test_real_edges_follow_the_gradient_rule():
     for path in sorted((folder / "Edge").iterdir()):
         assert_array_equal(read_mask(path), mask_edge(read_mask(folder / "GT" / path.name)))
 
-
-@needs_real
-def test_real_pool_has_twenty_scans_and_its_dark_part_is_mirrored():
-    pool = load_unlabelled(REAL)
-    assert len(pool) == 1600 and len(set(pool.scans)) == 20 and len(set(pool.groups)) == 18
-    rules = {scan: scan_rule([pool.image(k) for k, other in enumerate(pool.scans) if other == scan][::8])
-             for scan in set(pool.scans)}
-    for scan, rule in rules.items():
-        assert (rule.mirrored, rule.peaks is not None) == (scan.startswith("coronacases"),) * 2, scan

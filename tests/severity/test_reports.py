@@ -31,10 +31,6 @@ class Page(HTMLParser):
         self.close()
         assert not self.open, self.open
 
-    def handle_startendtag(self, tag, attrs):  # <rect/> of a drawing
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += [(tag, name, value) for name, value in attrs]
@@ -153,7 +149,9 @@ def test_a_strict_score_that_disagrees_is_said(lungs):
     """One stray voxel in each region makes the strict score severe, and the other one 0."""
     stray = np.zeros_like(lungs)
     stray.flat[np.unique(partition_regions(lungs), return_index=True)[1][1:]] = 1
-    severe, score, share = reports.answers(score_scan(make_scan(lungs.shape), stray, lungs).to_dict())
+    case = score_scan(make_scan(lungs.shape), stray, lungs)
+    assert (case.n_regions_involved, case.n_lobes_involved, case.bilateral) == (0, 0, False)
+    severe, score, share = reports.answers(case.to_dict())
     assert (score.answer, severe.answer) == ("0 / 40", "no") and share.answer != "0.0 %"
     assert "the strict score says severe" in severe.note and "20 / 40" in score.note
 

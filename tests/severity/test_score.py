@@ -86,15 +86,12 @@ def smooth_lungs(shape):
 # the partition ----------------------------------------------------------------------------------------------
 
 
-def test_golden_counts_and_scores():
+def test_golden_scores():
     lungs = np.zeros((97, 61, 101), np.uint8)
     lungs[53:94], lungs[3:44] = 1, 2
     infection = np.zeros(lungs.shape, bool)
     infection[:, :20, :50] = True
     result = severity(infection, lungs, allow_truncated=True)
-    assert [region["n_vox"] for region in result.regions] == [
-        45018, 25502, 31160, 19089, 18180, 22673, 19600, 19350, 18753, 33276,
-        45018, 25502, 31160, 21443, 15826, 22673, 19600, 19350, 18753, 33276]
     for name in ("score", "score_strict"):
         assert {r["id"]: r[name] for r in result.regions if r[name]} == {6: 1, 7: 1, 9: 1, 10: 2,
                                                                          16: 1, 17: 1, 19: 1, 20: 2}
@@ -270,15 +267,6 @@ def test_bounds_hold_whatever_the_unobserved_regions_are(scores):
     assert sums.bounds == (low, high) and sums.n_observed == 20 - scores.count(None)
     assert sums.severe == (True if low >= 20 else False if high <= 19 else None)
     assert sums.total == (low if low == high and None not in scores else None)
-
-
-def test_one_voxel_in_each_region_is_severe_only_when_taken_literally(patient):
-    first = np.unique(partition_regions(patient["lungs"]), return_index=True)[1][1:]
-    infection = np.zeros(patient["lungs"].shape, bool)
-    infection.flat[first] = True
-    result = severity(infection, patient["lungs"])
-    assert (result.ct_ss_strict, result.severe_strict, result.ct_ss, result.severe) == (20, True, 0, False)
-    assert (result.n_regions_involved, result.n_lobes_involved, result.bilateral) == (0, 0, False)
 
 
 # purity -----------------------------------------------------------------------------------------------------
