@@ -189,6 +189,14 @@ def read_findings(profile: str = "cpu", results: str | Path = "", registry: Regi
 _ORDER = (CONTRADICTED, NOT_TESTED, UNDECIDED, SUPPORTED)
 
 
+def _would_decide(found: tables.Difference, direction: str, margin: float) -> str:
+    """How many seeds would decide, in words."""
+    above = found.difference > 0 if direction == "same" else direction == "lower"
+    needed = found.seeds_to_decide(margin if above else -margin)
+    return (f"about {needed:,.0f} seeds would decide, if the difference stays"
+            if math.isfinite(needed) else "no number of seeds would decide: too few scans")
+
+
 def _compare(findings: Findings, statement: Mapping[str, Any], row: str, than: str) -> Evidence:
     """`row` minus `than`, settled; where it is undecided, the seeds that would decide it."""
     experiment, metric = statement.get("experiment", "train_single"), statement["metric"]
@@ -199,13 +207,8 @@ def _compare(findings: Findings, statement: Mapping[str, Any], row: str, than: s
     evidence = _settle(Evidence("", f"{metric}: {row} - {than} = {words}",
                                 findings.kind(experiment, row, than), found.seeds, found.n,
                                 found.difference, low, high), direction, margin=margin)
-    if evidence.outcome != UNDECIDED:
-        return evidence
-    above = found.difference > 0 if direction == "same" else direction == "lower"
-    needed = found.seeds_to_decide(margin if above else -margin)
-    decide = (f"about {needed:,.0f} seeds would decide, if the difference stays"
-              if math.isfinite(needed) else "no number of seeds would decide: too few scans")
-    return replace(evidence, why=f"{evidence.why}; {decide}")
+    more = f"; {_would_decide(found, direction, margin)}" if evidence.outcome == UNDECIDED else ""
+    return replace(evidence, why=evidence.why + more)
 
 
 def compare(findings: Findings, statement: Mapping[str, Any]) -> Evidence:
@@ -604,6 +607,13 @@ def count_checks(checks: Iterable[Check]) -> dict[str, int]:
 AGAIN = ("dice", "meanDice")
 
 
+def _held_against(known: pd.Series, seed: int, value: float) -> dict[str, Any]:
+    """A value beside those of the committed seeds."""
+    _, low, high = prediction_interval(known)
+    return {"value": value, "committed": known.get(seed, math.nan), "low": low, "high": high,
+            "seeds": len(known), "inside": bool(low <= value <= high) if len(known) > 1 else None}
+
+
 def comes_back(again: tables.Runs, committed: tables.Runs,
                metrics: Iterable[str] = AGAIN) -> pd.DataFrame:
     """Runs made again beside those committed: row, seed, commit, precision, instruction_set,
@@ -615,14 +625,10 @@ def comes_back(again: tables.Runs, committed: tables.Runs,
         record = tables.record_of(folder)
         how = {name: record.get(name) for name in ("commit", "precision", "instruction_set",
                                                    "threads")}
-        for metric in metrics:
-            value = tables.values_of(mine, row, metric)[seed]
-            known = tables.values_of(theirs, row, metric)
-            _, low, high = prediction_interval(known)
-            inside = bool(low <= value <= high) if len(known) > 1 else None
-            lines.append({"row": row, "seed": seed, **how, "metric": metric, "value": value,
-                          "committed": known.get(seed, math.nan), "low": low, "high": high,
-                          "seeds": len(known), "inside": inside})
+        lines += [{"row": row, "seed": seed, **how, "metric": metric,
+                   **_held_against(tables.values_of(theirs, row, metric), seed,
+                                   tables.values_of(mine, row, metric)[seed])}
+                  for metric in metrics]
     return pd.DataFrame(lines)
 
 

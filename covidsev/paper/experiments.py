@@ -151,15 +151,11 @@ def _experiment(name: str, table: dict, file: Path) -> Experiment:
 
 def _with_model(name: str, table: dict, profiles: dict, file: Path) -> dict:
     """The table of a profile with the parameters and expectations of the one that it is `like`."""
-    if "like" not in table:
-        return table
-    check_choice(f"like in [profiles.{name}]", table["like"], [each for each in profiles
-                                                               if each != name])
-    merged = {}
-    for key in ("parameters", "expects"):
-        theirs, own = profiles[table["like"]].get(key, {}), table.get(key, {})
-        merged[key] = {each: theirs.get(each, {}) | own.get(each, {}) for each in {**theirs, **own}}
-    return {**table, **merged}
+    like = check_choice(f"like in [profiles.{name}]", table.get("like", name), profiles)
+    model = {key: profiles[like].get(key, {}) for key in ("parameters", "expects")}
+    return table | {key: theirs | {each: theirs.get(each, {}) | own
+                                   for each, own in table.get(key, {}).items()}
+                    for key, theirs in model.items()}
 
 
 def _profile(name: str, table: dict, file: Path) -> Profile:
