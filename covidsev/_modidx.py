@@ -2088,6 +2088,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '.', 'git_u
                                                                                  'covidsev/severity/lungs.py'),
                                          'covidsev.severity.lungs._hash_models': ( '3_severity/lungs.html#_hash_models',
                                                                                    'covidsev/severity/lungs.py'),
+                                         'covidsev.severity.lungs._is_cut': ('3_severity/lungs.html#_is_cut', 'covidsev/severity/lungs.py'),
                                          'covidsev.severity.lungs._largest': ( '3_severity/lungs.html#_largest',
                                                                                'covidsev/severity/lungs.py'),
                                          'covidsev.severity.lungs._lung_air': ( '3_severity/lungs.html#_lung_air',

@@ -193,12 +193,15 @@ def _look_into(folder: Path) -> _Inside:
     return _Inside(niftis, pictures, dicoms, [path for path in rest if path not in dicoms], folders)
 
 
-def _cases_below(folder: Path) -> list[Path]:
-    """The cases in a sub-folder: itself if it holds a scan or nothing, else those of its own sub-folders."""
+def _cases_below(folder: Path, pictures: str) -> list[Path]:
+    """The cases in a sub-folder: itself if it holds a scan or nothing, else those of its own sub-folders; and each
+    picture where they are "slices"."""
     inside = _look_into(folder)
+    if inside.pictures and pictures == "slices":
+        return [*inside.niftis, *inside.pictures, *inside.strange]
     if inside.has_scan or inside.strange or not inside.folders or folder.is_symlink():
         return [folder]
-    below = [case for sub in inside.folders for case in _cases_below(sub)]
+    below = [case for sub in inside.folders for case in _cases_below(sub, pictures)]
     kinds = [_look_into(case) for case in below if case.is_dir()]
     if any(kind.dicoms for kind in kinds) and not any(kind.niftis or kind.pictures for kind in kinds):
         return [folder]  # a study whose series lie in folders
@@ -219,9 +222,9 @@ def _case_paths(folder: Path, pictures: str) -> list[Path]:
     if inside.dicoms:
         return [folder]  # a series, perhaps with more of it below
     found = [*inside.niftis, *inside.pictures, *inside.strange]
-    found += [case for sub in inside.folders for case in _cases_below(sub)]
-    readable = inside.has_scan or any(_look_into(path).has_scan or _holds_dicom(path)
-                                      for path in found if path.is_dir())
+    found += [case for sub in inside.folders for case in _cases_below(sub, pictures)]
+    places = {path if path.is_dir() else path.parent for path in found} - {folder}
+    readable = inside.has_scan or any(_look_into(place).has_scan or _holds_dicom(place) for place in places)
     return sorted(found, key=lambda path: natural_key(str(path))) if readable else []
 
 

@@ -170,14 +170,18 @@ def _bright_open(plane: np.ndarray, outside: np.ndarray) -> np.ndarray:
 
 def _deep_open(outside: np.ndarray) -> np.ndarray:
     """bool (Y, X): open pieces whose deepest point lies inside the picture, as it does in a lung that the picture
-    cuts; none where air runs from corner to corner, above or below."""
+    cuts."""
     pieces, open_ = _open_pieces(outside)
-    if not open_.size or any(left == right > 0 for left, right in (pieces[0, [0, -1]], pieces[-1, [0, -1]])):
-        return np.zeros_like(outside)
     depth, corner = ndimage.distance_transform_edt(outside), _corner(outside.shape)
     deepest = ndimage.maximum_position(depth, pieces, open_)
     return np.isin(pieces, [n for n, place in zip(open_, deepest)
                             if all(corner <= at < size - corner for at, size in zip(place, outside.shape))])
+
+
+def _is_cut(outside: np.ndarray) -> bool:
+    """Whether a picture is cut to the chest: no air runs from corner to corner, above or below."""
+    pieces, _ = ndimage.label(outside)
+    return all(left != right or not left for left, right in pieces[[0, -1]][:, [0, -1]])
 
 
 def _open_lungs(planes: np.ndarray, body: np.ndarray, tissue: np.ndarray) -> np.ndarray:
@@ -186,7 +190,9 @@ def _open_lungs(planes: np.ndarray, body: np.ndarray, tissue: np.ndarray) -> np.
     lungs = np.zeros_like(body)
     for k, (plane, outside, thin) in enumerate(zip(planes, ~body, ~(body | tissue))):
         if outside.any() and not outside.all():
-            lungs[k] = _bright_open(plane, outside) | _deep_open(outside) | _deep_open(thin)
+            lungs[k] = _bright_open(plane, outside)
+            if _is_cut(outside):
+                lungs[k] |= _deep_open(outside) | _deep_open(thin)
     return lungs
 
 
