@@ -1,4 +1,4 @@
-# make reproduce | test | bench | lab | docs | render | clean | help
+# make reproduce | test | lint | bench | lab | docs | render | clean | help
 # Every target sets up its own virtual environment first; only Python 3.11 or newer has to be there.
 
 VENV    ?= .venv
@@ -20,7 +20,7 @@ SHELL := /bin/bash
 # JupyterLab opens notebooks in the environment made here, not in a kernel that is registered under the same name
 export JUPYTER_PREFER_ENV_PATH = 1
 .DEFAULT_GOAL := help
-.PHONY: reproduce test bench lab docs render outputs readme pictures clean help
+.PHONY: reproduce test lint bench lab docs render outputs readme pictures clean help
 
 reproduce: $(STAMP) ## run every experiment and draw the tables: PROFILE=smoke (phantom, minutes), cpu or paper (real data)
 	@$(BIN)/covidsev reproduce --profile $(PROFILE)
@@ -31,6 +31,10 @@ test: export MPLBACKEND = agg
 test: $(STAMP) ## run the tests in the notebooks, then the others; real-data tests run if COVIDSEV_DATA is set
 	@$(BIN)/nbdev_test --n_workers 2
 	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests  # three on two cores: many tests wait for another process
+
+lint: $(STAMP) ## say what is wrong with the style (ruff.toml), and how large the house is; nothing is changed
+	@$(BIN)/ruff check --quiet --output-format concise .
+	@$(BIN)/python tests/measure.py
 
 bench: $(STAMP) ## measure our training step, evaluation and severity of a scan against plain ones, as ratios
 	@$(BIN)/covidsev bench

@@ -153,8 +153,7 @@ def test_imports_go_from_higher_to_lower_numbers():
 # What the house must not exceed, and what it has at the moment: `python tests/measure.py` prints it all.
 LIMITS = {"notebooks": 33, "code lines": 12_500, "largest modules": 560, "median function": 6, "90th percentile": 15, "test lines": 9_500,
           "foreign private names": 0, "without a user": 0, "cells": 0, "long lines": 0}
-# those that hold today; tests are still longer than they should be, lines wider, and a few names wait for a user
-BINDING = ("notebooks", "code lines", "largest modules", "median function", "90th percentile", "foreign private names")
+BINDING = set(LIMITS) - {"long lines"}  # those that hold: lines of the method and of severity are still wider
 
 
 def test_the_house_is_small():
@@ -183,3 +182,9 @@ def test_next_links_follow_the_reading_order():
         prose = "\n".join(cell["source"] for cell in cells(notebook) if cell["cell_type"] == "markdown")
         link = re.search(r"\]\(([^)]+)\)", prose.partition("## Next")[2])
         assert link and link[1] == os.path.relpath(after, notebook.parent), f"{notebook.name}: its Next should lead to {after.name}"
+
+
+def test_ruff_finds_nothing():
+    done = subprocess.run([Path(sys.executable).parent / "ruff", "check", "--quiet", "--no-cache", "--output-format", "concise", "."],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"make lint:\n{done.stdout}{done.stderr}"

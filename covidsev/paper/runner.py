@@ -702,8 +702,7 @@ def manifest(places: Places, profile: str) -> dict[str, Any]:
                 entries.append({"path": path.relative_to(places.root).as_posix(),
                                 "sha256": sha256_file(path), "bytes": path.stat().st_size,
                                 "made_by": name, "tolerance": tolerance_of(path)})
-    return {"profile": profile, "files": sorted(entries, key=lambda entry: entry["path"]),
-            "runs": runs}
+    return {"profile": profile, "files": sorted(entries, key=lambda one: one["path"]), "runs": runs}
 
 
 def write_manifest(places: Places, profile: str) -> Path:

@@ -554,9 +554,8 @@ def save_run(trained: TrainedRun, scores: Scores, **facts: Any) -> Path:
                                "values": trained.start.values, "loaded": len(trained.start.loaded),
                                "fresh": list(trained.start.fresh)}
     record = run_record(settings, n_train=len(trained.splits.train), steps=report.steps,
-                        draws=report.draws, network=network, start=start,
-                        init=settings.get("init", "scratch"),
-                        data=data_record(trained.splits), **facts)
+                        draws=report.draws, network=network, start=start, init=settings.get(
+                            "init", "scratch"), data=data_record(trained.splits), **facts)
     write_json(folder / "run.json", record)
     return folder
 

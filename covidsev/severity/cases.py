@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from .lungs import (LungMask, LungSegmentationError, complete_lungs, engine_lung
 from .reports import (Shown, batch_html, case_html, case_pictures, colour_names,
                                        contact_sheet, csv_text, hu_histogram, png_of)
 from .score import result_row, score_scan
+
+if TYPE_CHECKING:
+    from covidsev.method.inference import Segmenter
 
 # %% ../../nbs/3_severity/05_cases.ipynb #cell-008
 @lru_cache(maxsize=1)

@@ -282,16 +282,6 @@ def test_a_run_can_stop_after_any_batch_and_go_on_with_the_same_bits(slices, mas
     same(whole.result(), other.result())
 
 
-def test_the_state_of_another_network_is_refused(slices):
-    game = Pretext(build()[0], slices, PretextConfig(masks="random"), watched=slices[:2])
-    state = game.state()
-    other = Pretext(InpaintingInfNet("tiny", variant="as_published"), slices, PretextConfig(masks="random"), watched=slices[:2])
-    before = state_of(other.network)
-    with pytest.raises(CheckpointError, match="another network"):
-        other.restore(state)
-    assert equal(before, other.network.state_dict())
-
-
 def test_the_later_rate_applies_after_the_warm_up(slices):
     config = PretextConfig(masks="random", learning_rate=0.01, later_rate=0.3, warmup_epochs=1, rounds=1,
                            network_epochs=1, batch_size=16)

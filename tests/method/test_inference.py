@@ -278,17 +278,6 @@ def test_wrong_weights_never_give_a_prediction(tmp_path, network):
         load_segmenter(path)
 
 
-def test_one_bar_and_silence(monkeypatch, capfd):
-    """A bar counts slices on the error stream; with COVIDSEV_QUIET nothing is printed."""
-    scan = Scan(np.zeros((40, 40, 5), np.float32), "volume", "HU", "x", "0" * 64)
-    for quiet, shown in (("1", False), ("0", True)):
-        monkeypatch.setenv("COVIDSEV_QUIET", quiet)
-        monkeypatch.setenv("CI", "0")
-        segment_scan(scan, Bright(), size=32, threshold=0.5)
-        printed = capfd.readouterr()
-        assert ("slices: " in printed.err and "/5" in printed.err) == shown and printed.out == ""
-
-
 # files -------------------------------------------------------------------------------------------------------------
 
 
