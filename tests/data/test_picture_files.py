@@ -190,8 +190,7 @@ def test_an_inverted_palette_of_black_and_white_keeps_its_meaning(tmp_path):
 
 
 def test_a_map_in_colour_is_refused(tmp_path):
-    with pytest.raises(IntensityError, match="colour"):
-        read_map(save(tmp_path / "c.png", palette_picture(LABELS)))
+    pytest.raises(IntensityError, read_map, save(tmp_path / "c.png", palette_picture(LABELS))).match("colour")
 
 
 # --- pairs ------------------------------------------------------------------------------------------------

@@ -129,8 +129,7 @@ def test_an_interrupted_run_leaves_the_tables_of_the_run_before(clinic, given, t
     process_cases(clinic / "scans", out, given)
     before = tree(out)
     monkeypatch.setattr(cases, "find_all", raising(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        process_cases(clinic / "scans", out, replace(given, min_fraction=0.02))
+    pytest.raises(KeyboardInterrupt, process_cases, clinic / "scans", out, replace(given, min_fraction=0.02))
     assert tree(out) == before
     monkeypatch.undo()
     assert process_cases(clinic / "scans", out, given, resume=True).n_resumed == 2

@@ -444,8 +444,7 @@ def test_totalsegmentator_by_name_and_without_a_network(monkeypatch, patient, tm
     assert mask.kind == "lobes" and np.array_equal(mask.labels, np.choose(lungs, (0, 3, 4)))
     assert calls[0][0]["fast"] and calls[0][1] == str(tmp_path) and "TOTALSEG_HOME_DIR" not in os.environ
     assert api.send_usage_stats is refuse and api.download_pretrained_weights is refuse  # put back
-    with pytest.raises(ChecksumError):
-        engine_lungs("totalsegmentator", hu, spacing, weights=tmp_path, sha256="00")
+    pytest.raises(ChecksumError, engine_lungs, "totalsegmentator", hu, spacing, weights=tmp_path, sha256="00")
     assert engine_lungs("totalsegmentator", hu, spacing, weights=tmp_path, sha256=mask.weights_sha256).labels.any()
     del names.class_map["total"][7]
     with pytest.raises(LungSegmentationError, match="names its lobes differently"):

@@ -540,6 +540,8 @@ ALONE = {"hu": None, "labels": None, "spacing_mm": None}
         "infection", "lungs", "labels", "hu", "lobes")}),
     (MaskError, r"unexpected values(.|\n)*14 \(.*(.|\n)*5 left lower",
      lambda p: {"lobes": np.where(p["lobes"] == 5, 14, p["lobes"])}),
+    (MaskError, "does not cover the lungs(.|\n)*3[0-9].[0-9]% of the lung(.|\n)*at most 20%",
+     lambda p: {"lobes": p["lobes"] * (np.arange(p["lobes"].size).reshape(p["lobes"].shape) % 3 > 0)}),
     (GeometryError, "right lobes lie in the left lung",
      lambda p: {"lobes": np.array([0, 4, 4, 5, 1, 3], np.uint8)[p["lobes"]]}),
     (GeometryError, "right lung lies on patient's left(.|\n)*pass --situs-inversus if real",
@@ -555,7 +557,7 @@ def test_bad_input_is_refused(patient, error, words, change):
 
 
 def test_a_lobe_mask_with_gaps_is_filled_from_the_same_lung(patient):
-    """Row 27: nearest lobe, the share reported, a warning above 2 %, an error above 20 %."""
+    """Row 27: nearest lobe, the share reported, a warning above 2 %."""
     lungs, lobes, infection = patient["lungs"], patient["lobes"], patient["infection"]
     rng = np.random.default_rng(0)
     for share, warned in ((0.01, False), (0.1, True)):
@@ -569,18 +571,8 @@ def test_a_lobe_mask_with_gaps_is_filled_from_the_same_lung(patient):
         result = severity(infection, lungs, lobes=holes)
         assert result.lobe_fill_fraction == n
         assert (f"lobe_fill: {n:.1%}" in " ".join(result.warnings)) == warned
-    holes = lobes.copy()
-    holes[tuple(np.argwhere(lungs)[:round(0.3 * np.count_nonzero(lungs))].T)] = 0
-    with pytest.raises(MaskError, match="does not cover the lungs(.|\n)*30.0% of the lung(.|\n)*at most 20%"):
-        severity(infection, lungs, lobes=holes)
     small = np.where((lungs == 1) | (np.cumsum(lungs == 2).reshape(lungs.shape) < 99), lungs, 0)
     pytest.raises(MaskError, fill_lobes, np.where(small == 2, 0, lobes), small).match("leaves one lung out")
-
-
-def test_swapped_sides_are_an_error_unless_the_situs_is_inverted(patient, result):
-    flipped = {name: patient[name][::-1] for name in ("infection", "lungs", "hu", "labels")}
-    pytest.raises(GeometryError, score, patient, **flipped).match("right lung lies on patient's left")
-    assert score(patient, **flipped, situs_inversus=True) == result
 
 
 def test_an_upside_down_volume_is_suspected(patient, results):
