@@ -25,14 +25,13 @@ _PROBABILITIES = ("vertical_flip", "horizontal_flip", "crop", "cutout_probabilit
 class Augmentation:
     """One augmentation recipe; every field at its default means "leave the batch alone".
 
-    `vertical_flip`, `horizontal_flip`, `crop`, `cutout_probability`: probability per sample, in [0, 1].
-    `crop_side`: side of the square crop as a fraction of the smaller image side, in (0, 1].
-    `rotation_degrees`, `scale_log`, `shift`, `gamma_log`, `contrast`, `brightness`: half-widths of symmetric
-    uniform draws
-    (the zoom factor and the gamma are e to the draw; the shift is a fraction of the image side).
-    `cutout`: the c of Tables I and II, in [0, 1]; `cutout_mode`: "side" (published code) or "area"
-    (captions).
-    Raises ConfigError for values outside these ranges. Source: paper IV.B and V.B."""
+    `vertical_flip`, `horizontal_flip`, `crop`, `cutout_probability`: probability per sample, in [0,
+    1]. `crop_side`: side of the square crop as a fraction of the smaller image side, in (0, 1].
+    `rotation_degrees`, `scale_log`, `shift`, `gamma_log`, `contrast`, `brightness`: half-widths of
+    symmetric uniform draws (the zoom factor and the gamma are e to the draw; the shift is a
+    fraction of the image side). `cutout`: the c of Tables I and II, in [0, 1]; `cutout_mode`:
+    "side" (published code) or "area" (captions). Raises ConfigError for values outside these
+    ranges. Source: paper IV.B and V.B."""
 
     vertical_flip: float = 0.0
     horizontal_flip: float = 0.0
@@ -81,8 +80,8 @@ PRESETS = {"none": NONE, "paper": PAPER, "strong": STRONG}
 def augmentation(name: str, cutout: float = 0.0, cutout_mode: str = "side") -> Augmentation:
     """The preset `name` ("none", "paper" or "strong") with a cutout of strength `cutout` in [0, 1].
 
-    Raises ConfigError for an unknown name or mode (with a suggestion) and for a cutout out of range. Source:
-    paper V.B."""
+    Raises ConfigError for an unknown name or mode (with a suggestion) and for a cutout out of
+    range. Source: paper V.B."""
     check_choice("augmentation", name, tuple(PRESETS))
     return replace(PRESETS[name], cutout=cutout, cutout_mode=cutout_mode)
 
@@ -110,11 +109,11 @@ _NUMBERS = (
 
 
 def draw_numbers(batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Uniform numbers in [0, 1) for `batch` samples, named by what they decide; each tensor float64 (batch,),
-    on the CPU.
+    """Uniform numbers in [0, 1) for `batch` samples, named by what they decide; each tensor float64
+    (batch,), on the CPU.
 
-    The generator moves on by the same amount for every recipe. Raises ConfigError for a generator that is not
-    on the CPU."""
+    The generator moves on by the same amount for every recipe. Raises ConfigError for a generator
+    that is not on the CPU."""
     if generator.device.type != "cpu":
         raise ConfigError(
             "augmentation: the generator must live on the CPU",
@@ -132,8 +131,8 @@ def _symmetric(number: torch.Tensor, half_width: float) -> torch.Tensor:
 
 # %% ../../nbs/2_method/01_augmentation.ipynb #cell-020
 def _matrix(a, b, c, d, x, y) -> torch.Tensor:
-    """(B, 3, 3) matrices [[a, b, x], [c, d, y], [0, 0, 1]] from six entries that are tensors (B,) or
-    numbers."""
+    """(B, 3, 3) matrices [[a, b, x], [c, d, y], [0, 0, 1]] from six entries that are tensors (B,)
+    or numbers."""
     a, b, c, d, x, y = torch.broadcast_tensors(
         *(torch.as_tensor(v, dtype=torch.float64) for v in (a, b, c, d, x, y))
     )
@@ -160,8 +159,8 @@ def _crop_matrix(spec: Augmentation, u: dict[str, torch.Tensor], height: int, wi
 
 
 def _turn_matrix(spec: Augmentation, u: dict[str, torch.Tensor], height: int, width: int) -> torch.Tensor:
-    """Rotate and zoom about the middle, then shift; angles are true angles for images that are not square
-    too."""
+    """Rotate and zoom about the middle, then shift; angles are true angles for images that are not
+    square too."""
     angle = _symmetric(u["rotation"], math.radians(spec.rotation_degrees))
     zoom = torch.exp(_symmetric(u["scale"], spec.scale_log))
     c, s = torch.cos(angle) * zoom, torch.sin(angle) * zoom
@@ -170,8 +169,8 @@ def _turn_matrix(spec: Augmentation, u: dict[str, torch.Tensor], height: int, wi
 
 
 def affine_matrices(spec: Augmentation, u: dict[str, torch.Tensor], height: int, width: int) -> torch.Tensor:
-    """float64 (B, 2, 3): for each sample the map from output to input coordinates, both in [-1, 1] (x to the
-    right, y down).
+    """float64 (B, 2, 3): for each sample the map from output to input coordinates, both in [-1, 1]
+    (x to the right, y down).
 
     `u` comes from draw_numbers. Source: paper IV.B, V.B (flip, crop, rotation as one map)."""
     whole = (
@@ -189,11 +188,11 @@ def _read(values: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
 
 
 def warp(maps: Sequence[torch.Tensor], matrices: torch.Tensor) -> list[torch.Tensor]:
-    """Apply one affine map per sample to every (B, C, H, W) tensor of `maps`: float ones bilinear, integer
-    and bool ones nearest.
+    """Apply one affine map per sample to every (B, C, H, W) tensor of `maps`: float ones bilinear,
+    integer and bool ones nearest.
 
-    Shapes, dtypes and device are kept, inputs are not changed. Source: paper IV.B; method: one affine_grid
-    for the batch."""
+    Shapes, dtypes and device are kept, inputs are not changed. Source: paper IV.B; method: one
+    affine_grid for the batch."""
     first = maps[0]
     dtype = first.dtype if first.is_floating_point() else torch.float32
     grid = F.affine_grid(matrices.to(first.device, dtype), list(first.shape), align_corners=False)
@@ -211,8 +210,8 @@ def _side_extent(
 def _area_extent(
     c: float, u: dict[str, torch.Tensor], height: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Height x width = c * image area up to rounding; log-uniform aspect within 1:3 and 3:1 as far as it
-    fits."""
+    """Height x width = c * image area up to rounding; log-uniform aspect within 1:3 and 3:1 as far
+    as it fits."""
     if c == 0:
         nothing = torch.zeros(len(u["height"]), dtype=torch.long)
         return nothing, nothing
@@ -224,11 +223,11 @@ def _area_extent(
 def cutout_rectangles(
     spec: Augmentation, u: dict[str, torch.Tensor], height: int, width: int
 ) -> torch.Tensor:
-    """int64 (B, 4): top, left, height, width in pixels of the erased rectangle of each sample, all of it
-    inside the image.
+    """int64 (B, 4): top, left, height, width in pixels of the erased rectangle of each sample, all
+    of it inside the image.
 
-    Height or width 0 means that nothing is erased. Source: paper V.B and captions of Tables I, II; side mode
-    as in the published code."""
+    Height or width 0 means that nothing is erased. Source: paper V.B and captions of Tables I, II;
+    side mode as in the published code."""
     extent = {"side": _side_extent, "area": _area_extent}[spec.cutout_mode]
     tall, wide = extent(spec.cutout, u, height, width)
     tall = torch.where(u["cutout"] < spec.cutout_probability, tall, 0)
@@ -238,8 +237,8 @@ def cutout_rectangles(
 
 
 def cut_out(images: torch.Tensor, rectangles: torch.Tensor, grey: torch.Tensor) -> torch.Tensor:
-    """A copy of `images` (B, 1, H, W) with each rectangle (top, left, height, width) filled with one grey
-    (B,) in [0, 1]."""
+    """A copy of `images` (B, 1, H, W) with each rectangle (top, left, height, width) filled with
+    one grey (B,) in [0, 1]."""
     top, left, tall, wide = (column[:, None, None, None] for column in rectangles.to(images.device).T)
     row = torch.arange(images.shape[-2], device=images.device)[:, None]
     column = torch.arange(images.shape[-1], device=images.device)
@@ -248,11 +247,11 @@ def cut_out(images: torch.Tensor, rectangles: torch.Tensor, grey: torch.Tensor) 
 
 # %% ../../nbs/2_method/01_augmentation.ipynb #cell-039
 def change_intensity(images: torch.Tensor, spec: Augmentation, u: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Gamma, then contrast about the mean, then brightness, per sample; float (B, 1, H, W) in [0, 1] in and
-    out.
+    """Gamma, then contrast about the mean, then brightness, per sample; float (B, 1, H, W) in [0,
+    1] in and out.
 
-    Returns `images` itself where the recipe asks for none of the three. Not in the paper: our "strong"
-    recipe."""
+    Returns `images` itself where the recipe asks for none of the three. Not in the paper: our
+    "strong" recipe."""
     if not (spec.gamma_log or spec.contrast or spec.brightness):
         return images
     draws = (
@@ -267,7 +266,8 @@ def change_intensity(images: torch.Tensor, spec: Augmentation, u: dict[str, torc
 
 # %% ../../nbs/2_method/01_augmentation.ipynb #cell-042
 def _check_shapes(images: torch.Tensor, name: str, other: torch.Tensor) -> None:
-    """GeometryError unless `other` has four axes and the batch size, height and width of the images."""
+    """GeometryError unless `other` has four axes and the batch size, height and width of the
+    images."""
     if (
         images.ndim == other.ndim == 4
         and images.shape[0] == other.shape[0]
@@ -315,14 +315,14 @@ def augment(
     generator: torch.Generator,
     prior: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """(images, labels) or (images, labels, prior), augmented with one draw per sample; same shapes, dtypes
-    and device.
+    """(images, labels) or (images, labels, prior), augmented with one draw per sample; same shapes,
+    dtypes and device.
 
-    `images` float (B, 1, H, W) in [0, 1]; `labels` integer (B, 1, H, W), moved by nearest neighbour and never
-    cut;
-    `prior` (B, C, H, W), moved with them and never cut; `generator` on the CPU. Inputs are left as they are
-    (where a recipe has nothing to do, the inputs themselves are returned).
-    Raises GeometryError for unequal sizes, IntensityError for wrong dtypes. Source: paper IV.B and V.B."""
+    `images` float (B, 1, H, W) in [0, 1]; `labels` integer (B, 1, H, W), moved by nearest neighbour
+    and never cut; `prior` (B, C, H, W), moved with them and never cut; `generator` on the CPU.
+    Inputs are left as they are (where a recipe has nothing to do, the inputs themselves are
+    returned). Raises GeometryError for unequal sizes, IntensityError for wrong dtypes. Source:
+    paper IV.B and V.B."""
     for name, other in (("labels", labels), ("prior", prior)):
         if other is not None:
             _check_shapes(images, name, other)

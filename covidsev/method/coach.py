@@ -32,8 +32,8 @@ __all__ = ['RULES', 'MASKS', 'WEIGHT_DECAY', 'TURNS', 'ResNet18', 'GreyEncoder',
 
 # %% ../../nbs/2_method/07_coach.ipynb #cell-006
 class ResNet18(nn.Module):
-    """ResNet-18 without max-pooling and classifier: f2 64 at 1/2, f3 128 at 1/4, f4 256 at 1/8, f5 512 at
-    1/16. The published coach's."""
+    """ResNet-18 without max-pooling and classifier: f2 64 at 1/2, f3 128 at 1/4, f4 256 at 1/8, f5
+    512 at 1/16. The published coach's."""
 
     out_channels = (64, 128, 256, 512)
     strides = (2, 4, 8, 16)
@@ -55,8 +55,8 @@ class ResNet18(nn.Module):
 
 
 class GreyEncoder(nn.Module):
-    """A backbone of Inf-Net, or `ResNet18`, behind Inf-Net's own check and normalisation; `encode` gives the
-    `Pyramid`."""
+    """A backbone of Inf-Net, or `ResNet18`, behind Inf-Net's own check and normalisation; `encode`
+    gives the `Pyramid`."""
 
     normalise, encode = InfNet.normalise, InfNet.encode
 
@@ -70,7 +70,8 @@ class GreyEncoder(nn.Module):
 
 
 class CoachNet(GreyEncoder):
-    """The coach: whole grey slices (B, 1, H, W) in [0, 1] to scores B(x) (B, 1, H/16, W/16), high = keep.
+    """The coach: whole grey slices (B, 1, H, W) in [0, 1] to scores B(x) (B, 1, H/16, W/16), high =
+    keep.
 
     Source: equation (4)."""
 
@@ -87,8 +88,8 @@ class CoachNet(GreyEncoder):
 # %% ../../nbs/2_method/07_coach.ipynb #cell-009
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[nn.Module]:
-    """Within this context a network is in eval mode and none of its weights can get a gradient; afterwards
-    all is as it was."""
+    """Within this context a network is in eval mode and none of its weights can get a gradient;
+    afterwards all is as it was."""
     modes = [(module, module.training) for module in network.modules()]
     wanted = [(weight, weight.requires_grad) for weight in network.parameters()]
     network.eval().requires_grad_(False)
@@ -102,8 +103,8 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
 
 
 class Rule(NamedTuple):
-    """What L_rec of a game is: its error, whether it counts the whole slice, and whether the coach's gradient goes
-    through the network."""
+    """What L_rec of a game is: its error, whether it counts the whole slice, and whether the
+    coach's gradient goes through the network."""
 
     error: str = "squares"
     whole: bool = False
@@ -117,8 +118,8 @@ RULES = {"squares": Rule(), "through_network": Rule(through=True),
 def coach_loss(coach: CoachNet, network: nn.Module, x: Tensor, keep: float = 0.75, rule: Rule = Rule()) -> Tensor:
     """Equation (3), 1 - L_rec(x * M) with the soft mask M of the coach, a scalar.
 
-    x (B, C, H, W) in [0, 1]; the coach sees its first channel. The network is frozen and has `forward(x)` and
-    `errors(outputs, x, kind)`."""
+    x (B, C, H, W) in [0, 1]; the coach sees its first channel. The network is frozen and has
+    `forward(x)` and `errors(outputs, x, kind)`."""
     mask = spread(soft_mask(coach(x[:, :1]), keep), x.shape[-2:])
     with frozen(network), torch.set_grad_enabled(rule.through):
         errors = network.errors(network(erase(x, mask)), x, rule.error)
@@ -129,8 +130,8 @@ def coach_loss(coach: CoachNet, network: nn.Module, x: Tensor, keep: float = 0.7
 def mask_entropy(cells: Tensor) -> tuple[float, float]:
     """Of hard masks (N, 1, h, w) of N images: (spatial, cell) entropy, both in [0, 1].
 
-    spatial: of where erasures fall, 1 = all cells equally often. cell: mean over the cells of the binary
-    entropy of how often each is erased, 0 = the same mask for every image."""
+    spatial: of where erasures fall, 1 = all cells equally often. cell: mean over the cells of the
+    binary entropy of how often each is erased, 0 = the same mask for every image."""
     frequency = (1 - cells.double()).mean(dim=(0, 1)).flatten()
     place = frequency / frequency.sum().clamp(min=1e-12)
     either = _information(frequency) + _information(1 - frequency)
@@ -150,14 +151,15 @@ _LEAST = {"warmup_epochs": 0, "rounds": 0, "coach_epochs": 1, "network_epochs": 
 
 @dataclass(frozen=True)
 class PretextConfig:
-    """Settings of a pretext run; an epoch is one pass over the images. ConfigError for a value that cannot
-    work.
+    """Settings of a pretext run; an epoch is one pass over the images. ConfigError for a value that
+    cannot work.
 
-    warmup_epochs of the network under random masks, then `rounds` times coach_epochs and network_epochs
-    (algorithm 2). masks: "coach"; "random" for the same number of network epochs without a coach; "none" for
-    a pretext that erases nothing (`RotationPretext`). keep: k of equation (4). coach_loss: a name of `RULES`.
-    images_per_epoch: a pass over so many images, drawn anew each time; 0 is all. later_rate: factor on
-    learning_rate after the warm-up. augment: a recipe by name. precision: see `resolve_precision`."""
+    warmup_epochs of the network under random masks, then `rounds` times coach_epochs and
+    network_epochs (algorithm 2). masks: "coach"; "random" for the same number of network epochs
+    without a coach; "none" for a pretext that erases nothing (`RotationPretext`). keep: k of
+    equation (4). coach_loss: a name of `RULES`. images_per_epoch: a pass over so many images, drawn
+    anew each time; 0 is all. later_rate: factor on learning_rate after the warm-up. augment: a
+    recipe by name. precision: see `resolve_precision`."""
 
     warmup_epochs: int = 10
     rounds: int = 10
@@ -200,8 +202,8 @@ class PretextConfig:
 
 # %% ../../nbs/2_method/07_coach.ipynb #cell-022
 def check_images(images: Tensor, at_least: int) -> None:
-    """Accept uint8 (N, C, H, W), sides in whole cells, `at_least` so many; IntensityError, GeometryError or
-    ConfigError otherwise."""
+    """Accept uint8 (N, C, H, W), sides in whole cells, `at_least` so many; IntensityError,
+    GeometryError or ConfigError otherwise."""
     if images.dtype != torch.uint8:
         raise IntensityError("the pretext reads 8-bit slices", found=images.dtype, expected="torch.uint8",
                              fix="use to_tensors")
@@ -214,16 +216,16 @@ def check_images(images: Tensor, at_least: int) -> None:
 
 
 def epoch_order(count: int, batch_size: int, generator: torch.Generator, draws: int = 0) -> Tensor:
-    """Indices of one epoch, int64 (batches, batch_size): `draws` (0: as many as there are) of 0 .. count - 1, in
-    random order, again and again; those that fill no batch sit out this epoch."""
+    """Indices of one epoch, int64 (batches, batch_size): `draws` (0: as many as there are) of 0 ..
+    count - 1, in random order, again and again; those that fill no batch sit out this epoch."""
     draws = max(batch_size, draws or count)
     orders = [torch.randperm(count, generator=generator) for _ in range(-(-draws // count))]
     return torch.cat(orders)[:draws // batch_size * batch_size].view(-1, batch_size)
 
 
 def descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> float:
-    """One optimiser step down `loss`, which is returned; NonFiniteError, before any weight is changed, if it
-    or its gradient is not."""
+    """One optimiser step down `loss`, which is returned; NonFiniteError, before any weight is
+    changed, if it or its gradient is not."""
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     weights = [weight for group in optimiser.param_groups for weight in group["params"]]
@@ -239,7 +241,8 @@ def descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> float:
 # %% ../../nbs/2_method/07_coach.ipynb #cell-024
 def network_step(network: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, mask: Tensor,
                  config: PretextConfig) -> float:
-    """One step of the network on slices x (B, C, H, W) under a given mask (B, 1, H, W); returns its loss."""
+    """One step of the network on slices x (B, C, H, W) under a given mask (B, 1, H, W); returns its
+    loss."""
     network.train()
     with autocast(x.device, config.precision):
         outputs = network(erase(x, mask))
@@ -249,7 +252,8 @@ def network_step(network: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor
 
 def coach_step(coach: CoachNet, network: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor,
                config: PretextConfig) -> float:
-    """One step of the coach on slices x (B, C, H, W) against the frozen network; returns its loss."""
+    """One step of the coach on slices x (B, C, H, W) against the frozen network; returns its
+    loss."""
     coach.train()
     with autocast(x.device, config.precision):
         loss = coach_loss(coach, network, x, config.keep, config.rule)
@@ -258,7 +262,8 @@ def coach_step(coach: CoachNet, network: nn.Module, optimiser: torch.optim.Optim
 
 @torch.no_grad()
 def coach_cells(coach: CoachNet, x: Tensor, keep: float) -> Tensor:
-    """Hard masks of the coach for slices x (B, C, H, W), as cells (B, 1, H/16, W/16); coach in eval mode."""
+    """Hard masks of the coach for slices x (B, C, H, W), as cells (B, 1, H/16, W/16); coach in eval
+    mode."""
     with frozen(coach):
         return hard_mask(coach(x[:, :1]), keep)
 
@@ -271,9 +276,9 @@ def error_under(network: nn.Module, x: Tensor, mask: Tensor, kind: str = "square
 
 # %% ../../nbs/2_method/07_coach.ipynb #cell-025
 class PretextResult(NamedTuple):
-    """`history`: a row per epoch; the states, on the CPU; `masks`: bool (epochs, n, 1, h, w), True = kept, of
-    the watched slices; `pictures`: {epoch: uint8 (n, 1, H, W)}, what the network painted into them at the
-    end of a phase."""
+    """`history`: a row per epoch; the states, on the CPU; `masks`: bool (epochs, n, 1, h, w), True
+    = kept, of the watched slices; `pictures`: {epoch: uint8 (n, 1, H, W)}, what the network painted
+    into them at the end of a phase."""
 
     history: pd.DataFrame
     network_state: dict[str, Tensor]
@@ -288,12 +293,12 @@ def _state(module: nn.Module | None) -> dict[str, Tensor] | None:
 
 
 class Pretext:
-    """Algorithm 2 on images uint8 (N, C, H, W), a batch at each `step()` until `done`; network and coach
-    change in place.
+    """Algorithm 2 on images uint8 (N, C, H, W), a batch at each `step()` until `done`; network and
+    coach change in place.
 
-    network: `InpaintingInfNet` or `InpaintingNet`. watched: slices to measure on, default the first eight
-    images. ids: names of the images, for messages. Raises ConfigError, GeometryError, IntensityError before
-    the first step, and NonFiniteError."""
+    network: `InpaintingInfNet` or `InpaintingNet`. watched: slices to measure on, default the first
+    eight images. ids: names of the images, for messages. Raises ConfigError, GeometryError,
+    IntensityError before the first step, and NonFiniteError."""
 
     columns = ("epoch", "phase", "loss", "erased", "rec_random", "rec_coach", "spatial_entropy", "cell_entropy")
     progress = ("batch", "order", "seen", "rows", "cells", "pictures")  # what changes beside the weights
@@ -350,8 +355,8 @@ class Pretext:
         return max(1, (self.config.images_per_epoch or len(self.images)) // self.config.batch_size)
 
     def masks(self, x: Tensor, phase: str) -> Tensor:
-        """Masks in pixels (B, 1, H, W) for a step of the network: random in the warm-up, then what the
-        configuration asks for."""
+        """Masks in pixels (B, 1, H, W) for a step of the network: random in the warm-up, then what
+        the configuration asks for."""
         if phase == "warm-up" or self.config.masks == "random":
             cells = random_mask(len(x), mask_grid(x.shape[-2:]), self.config.keep, self.generator).to(x.device)
         else:
@@ -359,16 +364,16 @@ class Pretext:
         return spread(cells, x.shape[-2:])
 
     def learn(self, x: Tensor, phase: str) -> tuple[float, float]:
-        """One step of whoever learns in this phase; its loss, and the fraction erased (NaN for the coach,
-        whose masks are soft)."""
+        """One step of whoever learns in this phase; its loss, and the fraction erased (NaN for the
+        coach, whose masks are soft)."""
         if phase == "coach":
             return coach_step(self.coach, self.network, self.optimisers["coach"], x, self.config), math.nan
         mask = self.masks(x, phase)
         return network_step(self.network, self.optimisers["network"], x, mask, self.config), 1 - float(mask.mean())
 
     def watch(self) -> tuple[dict[str, float], Tensor]:
-        """L_rec on the watched slices under the fixed random masks and the coach's, the entropies of the
-        latter, and these masks as cells."""
+        """L_rec on the watched slices under the fixed random masks and the coach's, the entropies
+        of the latter, and these masks as cells."""
         def error(cells: Tensor) -> float:
             return error_under(self.network, self.watched, spread(cells, self.watched.shape[-2:]), self.config.rule.error)
 
@@ -407,7 +412,8 @@ class Pretext:
             self._close_epoch(phase)
 
     def _augmented(self, x: Tensor) -> Tensor:
-        """A batch by the recipe of the configuration: grey values of the first channel, places of all."""
+        """A batch by the recipe of the configuration: grey values of the first channel, places of
+        all."""
         labels = torch.zeros_like(x[:, :1], dtype=torch.uint8)
         spec, more = augmentation(self.config.augment), x[:, 1:] if x.shape[1] > 1 else None
         image, _, *others = augment(x[:, :1], labels, spec, self.generator, more)
@@ -451,8 +457,8 @@ TURNS = 4
 
 
 def turn(x: Tensor, quarters: Tensor) -> Tensor:
-    """Each square image of (B, C, S, S) turned counter-clockwise by its number of quarter turns, (B,);
-    exact. GeometryError if not square."""
+    """Each square image of (B, C, S, S) turned counter-clockwise by its number of quarter turns,
+    (B,); exact. GeometryError if not square."""
     if x.shape[-2] != x.shape[-1]:
         raise GeometryError("quarter turns need square slices", found=f"{x.shape[-2]} x {x.shape[-1]} pixels",
                             expected="height = width", fix="resize to a square")
@@ -460,8 +466,8 @@ def turn(x: Tensor, quarters: Tensor) -> Tensor:
 
 
 class RotationNet(GreyEncoder):
-    """By how many quarter turns a slice is turned: grey (B, 1, S, S) in [0, 1] to logits (B, 4), from the mean
-    of f5. Source: paper section IV.B."""
+    """By how many quarter turns a slice is turned: grey (B, 1, S, S) in [0, 1] to logits (B, 4),
+    from the mean of f5. Source: paper section IV.B."""
 
     own_layers = ("classifier",)
     fresh_layers = ("rfb_3", "rfb_4", "rfb_5", "decoder", "edge_attention",
@@ -476,8 +482,8 @@ class RotationNet(GreyEncoder):
 
 
 class RotationPretext(Pretext):
-    """A pretext run of a `RotationNet`, by the same steps: no masks, no coach, no augmentation; `accuracy` on
-    the watched slices in all turns.
+    """A pretext run of a `RotationNet`, by the same steps: no masks, no coach, no augmentation;
+    `accuracy` on the watched slices in all turns.
 
     The epochs are those of the configuration with masks "none". Errors as `Pretext`."""
 
@@ -492,7 +498,8 @@ class RotationPretext(Pretext):
         turn(watched, torch.zeros(len(watched), dtype=torch.long))
 
     def learn(self, x: Tensor, phase: str) -> tuple[float, float]:
-        """One step on slices that are each turned at random; the loss, and NaN: nothing is erased."""
+        """One step on slices that are each turned at random; the loss, and NaN: nothing is
+        erased."""
         labels = torch.randint(TURNS, (len(x),), generator=self.generator)
         with autocast(x.device, self.config.precision):
             logits = self.network.train()(turn(x, labels))

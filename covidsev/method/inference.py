@@ -62,10 +62,11 @@ def logits_of(outputs: NamedTuple) -> torch.Tensor:
 def iterate_logits(model: nn.Module, *stacks: torch.Tensor, batch_size: int = 8,
                    device: str | torch.device = "cpu", tta: bool = False,
                    precision: str = "auto") -> Iterator[torch.Tensor]:
-    """Logits float32 (B, C, S, S), batch after batch, of images, or images and priors, uint8 (N, 1, S, S).
+    """Logits float32 (B, C, S, S), batch after batch, of images, or images and priors, uint8 (N, 1,
+    S, S).
 
-    tta: also the three mirror images, at four times the cost. precision: see `resolve_precision`. Leaves the
-    network in eval mode and on `device`. `ConfigError` for other tensors."""
+    tta: also the three mirror images, at four times the cost. precision: see `resolve_precision`.
+    Leaves the network in eval mode and on `device`. `ConfigError` for other tensors."""
     if any(x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 1 or x.shape != stacks[0].shape for x in stacks):
         raise ConfigError("images are not uint8 (N,1,S,S)", expected="images, or images and priors of one shape",
                           found=", ".join(f"{x.dtype} {tuple(x.shape)}" for x in stacks), fix="use to_tensors")
@@ -89,21 +90,24 @@ def slice_logits(model: nn.Module, slices: SliceSet, size: int, batch_size: int 
 
 def predict_slices(model: nn.Module, slices: SliceSet, size: int, batch_size: int = 8, *,
                    temperature: float = 1.0, **options: Any) -> list[np.ndarray]:
-    """Probabilities float32 (H, W) of each slice at its native size; options as for `slice_logits`."""
+    """Probabilities float32 (H, W) of each slice at its native size; options as for
+    `slice_logits`."""
     found = slice_logits(model, slices, size, batch_size, **options)
     return [torch.sigmoid(torch.from_numpy(one) / temperature).numpy() for one in found]
 
 
 def predict_classes(model: MultiClassUNet, images: torch.Tensor, priors: torch.Tensor, *,
                     shapes: Sequence[tuple[int, int]] | None = None, **options: Any) -> list[np.ndarray]:
-    """Classes uint8 (H, W) in {0, 1, 2} of images and priors uint8 (N, 1, S, S), at `shapes` (None: S x S)."""
+    """Classes uint8 (H, W) in {0, 1, 2} of images and priors uint8 (N, 1, S, S), at `shapes` (None:
+    S x S)."""
     shapes = [images.shape[-2:]] * len(images) if shapes is None else shapes
     found = (one for batch in iterate_logits(model, images, priors, **options) for one in batch.cpu())
     return [classes_of(one[None], tuple(shape))[0, 0].numpy() for one, shape in zip(found, shapes, strict=True)]
 
 # %% ../../nbs/2_method/10_inference.ipynb #cell-017
 def fit_temperature(logits: Sequence[ArrayLike], masks: Sequence[ArrayLike], limit: float = 100.0) -> float:
-    """The T in [1 / limit, limit] that gives logits / T the lowest mean cross-entropy over all pixels.
+    """The T in [1 / limit, limit] that gives logits / T the lowest mean cross-entropy over all
+    pixels.
 
     logits and masks (0 or 1): arrays (H, W) of held-out slices, in the same order."""
     s = np.concatenate([np.ravel(one) for one in logits]).astype(np.float64)
@@ -135,7 +139,8 @@ def as_scan_array(volume: np.ndarray, scan: Scan) -> np.ndarray:
 
 
 def lung_box(lungs: np.ndarray, spacing_mm: Sequence[float] | None = None, margin_mm: float = BOX_MARGIN_MM) -> Box:
-    """The box around a lung mask (X, Y, Z), or (H, W) as displayed: X and Y with a margin, Z without.
+    """The box around a lung mask (X, Y, Z), or (H, W) as displayed: X and Y with a margin, Z
+    without.
 
     Without spacing the image is taken to be 500 mm wide. `GeometryError` for an empty mask."""
     volume = as_volume(np.asarray(lungs) > 0)
@@ -154,7 +159,8 @@ def lung_box(lungs: np.ndarray, spacing_mm: Sequence[float] | None = None, margi
 
 
 def training_view(plane: np.ndarray, kind: str) -> np.ndarray:
-    """A canonical plane (X, Y) as the network's training slices of `kind` "real" or "phantom" lie, and back."""
+    """A canonical plane (X, Y) as the network's training slices of `kind` "real" or "phantom" lie,
+    and back."""
     return for_display(turn_picture(plane), kind)
 
 
@@ -194,12 +200,12 @@ def segment_scan(scan: Scan, model: nn.Module, *, size: int, threshold: float, d
                  batch_size: int = 8, tta: bool = False, kind: str = "real",
                  window: tuple[float, float] = WINDOW, box: Box | None = None,
                  second: SecondStage | None = None, precision: str = "auto") -> np.ndarray:
-    """Infection, uint8 labels of the shape and order of `scan.hu`: 0/1, or with `second` 0/1/2; 0 outside
-    `box`.
+    """Infection, uint8 labels of the shape and order of `scan.hu`: 0/1, or with `second` 0/1/2; 0
+    outside `box`.
 
-    size: side that the network sees. threshold: infected where the probability is at least this. kind:
-    orientation of its training slices, "real" or "phantom". box: from `lung_box`, the whole scan by default.
-    window: for HU. The model is left in eval mode and on `device`."""
+    size: side that the network sees. threshold: infected where the probability is at least this.
+    kind: orientation of its training slices, "real" or "phantom". box: from `lung_box`, the whole
+    scan by default. window: for HU. The model is left in eval mode and on `device`."""
     check_choice("kind of data", kind, ("real", "phantom"))
     if not 0 < threshold < 1:
         raise ConfigError("the threshold is a probability", found=threshold, expected="above 0 and below 1")
@@ -226,13 +232,15 @@ PHANTOM_WINDOW = (-600.0, 1500.0)  # level and width in HU that phantom slices a
 class ModelInfo:
     """What a weights file says about itself; plain values only.
 
-    task: "single" (infected or not) or "multi" (background, GGO, consolidation). model: a name of `MODELS`,
-    or "multi". backbone: of a single network; form: of a multi-class one. size: side of the square slice, in
-    pixels. threshold: probability in [0, 1] above which a pixel is infected, None where the highest class
-    wins. window: (level, width) in HU of the greys, None for 8-bit pictures of unknown window. data_kind:
-    "phantom" or "real". slices: n per split. structure: what is marked, "infection" in the box of the lungs or
-    "lungs" in whole slices. licence: of the weights, where their data bind it. prior: run that made the
-    priors. metrics: "subset/metric" to its value. metrics_n: the same to the number of slices behind it. `ConfigError` for a value that cannot be."""
+    task: "single" (infected or not) or "multi" (background, GGO, consolidation). model: a name of
+    `MODELS`, or "multi". backbone: of a single network; form: of a multi-class one. size: side of
+    the square slice, in pixels. threshold: probability in [0, 1] above which a pixel is infected,
+    None where the highest class wins. window: (level, width) in HU of the greys, None for 8-bit
+    pictures of unknown window. data_kind: "phantom" or "real". slices: n per split. structure: what
+    is marked, "infection" in the box of the lungs or "lungs" in whole slices. licence: of the
+    weights, where their data bind it. prior: run that made the priors. metrics: "subset/metric" to
+    its value. metrics_n: the same to the number of slices behind it. `ConfigError` for a value that
+    cannot be."""
 
     task: str
     model: str
@@ -301,7 +309,8 @@ def _check_finite(network: nn.Module, file: Any = None) -> None:
 
 
 def _twin(network: nn.Module, info: ModelInfo) -> nn.Module:
-    """A copy on the CPU, in eval mode, built from `info` alone; `CheckpointError` if that is another network."""
+    """A copy on the CPU, in eval mode, built from `info` alone; `CheckpointError` if that is
+    another network."""
     twin = build_for(info)
     load_weights(twin, {name: value.detach().cpu() for name, value in network.state_dict().items()})
     return twin.eval()
@@ -310,7 +319,9 @@ def _twin(network: nn.Module, info: ModelInfo) -> nn.Module:
 def model_bytes(network: nn.Module, info: ModelInfo, *, half: bool = False) -> bytes:
     """The safetensors file of a network as bytes; the same network and info give the same bytes.
 
-    half: weights rounded to float16, half the size; a reader gets them as float32. `CheckpointError` if `info` describes another network, `NonFiniteError` for weights that are no numbers."""
+    half: weights rounded to float16, half the size; a reader gets them as float32.
+    `CheckpointError` if `info` describes another network, `NonFiniteError` for weights that are no
+    numbers."""
     _check_finite(network)
     twin, plain = _twin(network, info), _plain_info(info)
     twin = twin.half().float() if half else twin
@@ -338,10 +349,11 @@ def model_card(info: ModelInfo, name: str, sha256: str) -> str:
 
 
 def save_model(path: str | Path, network: nn.Module, info: ModelInfo, *, half: bool = False) -> Path:
-    """Writes a network as one .safetensors file (half: in float16) and its model card beside it; returns the file.
+    """Writes a network as one .safetensors file (half: in float16) and its model card beside it;
+    returns the file.
 
-    `ConfigError` for another ending, `CheckpointError` if `info` describes another network, `NonFiniteError`
-    for weights that are not finite."""
+    `ConfigError` for another ending, `CheckpointError` if `info` describes another network,
+    `NonFiniteError` for weights that are not finite."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ConfigError("weights are written as safetensors", file=path, fix="end the name in .safetensors")
@@ -387,7 +399,8 @@ def _read_entry(path: Path, content: bytes) -> tuple[ModelInfo, str]:
 
 
 def _read_content(path: Path, sha256: str | None) -> bytes:
-    """The bytes of a file; `CheckpointError` if it is not there, no file, or has another hash than asked for."""
+    """The bytes of a file; `CheckpointError` if it is not there, no file, or has another hash than
+    asked for."""
     if not path.is_file():  # a pipe or a device would be read for ever
         raise CheckpointError("weights cannot be read", file=path, fix="make them with: covidsev export RUN -o OUT",
                               found="not a regular file" if path.exists() else "no such file")
@@ -399,10 +412,12 @@ def _read_content(path: Path, sha256: str | None) -> bytes:
 
 
 def load_model(path: str | Path, device: str = "cpu", sha256: str | None = None) -> tuple[nn.Module, ModelInfo]:
-    """A network in eval mode on `device`, and what its file says about it. Never runs code from the file.
+    """A network in eval mode on `device`, and what its file says about it. Never runs code from the
+    file.
 
-    sha256: of the whole file, to insist on. `CheckpointError` for a file that is missing, damaged, changed,
-    of another format or of another network; `ConfigError` for a device that is not there."""
+    sha256: of the whole file, to insist on. `CheckpointError` for a file that is missing, damaged,
+    changed, of another format or of another network; `ConfigError` for a device that is not
+    there."""
     path, where = Path(path), resolve_device(str(device))
     content = _read_content(path, sha256)
     info, digest = _read_entry(path, content)
@@ -441,7 +456,8 @@ class Segmenter:
 
 
 def _loaded(path: str | Path, task: str, device: str, sha256: str | None = None) -> tuple[nn.Module, ModelInfo, str]:
-    """A network, what its file says, and the kind of its slices; `ConfigError` for a checkpoint or another task."""
+    """A network, what its file says, and the kind of its slices; `ConfigError` for a checkpoint or
+    another task."""
     if Path(path).suffix in (".pt", ".pth"):
         raise ConfigError("this is a checkpoint of a training run, not a file of weights", file=path,
                           expected="a .safetensors file", fix="make one of its run: covidsev export")
@@ -458,8 +474,8 @@ def load_segmenter(weights: str | Path | None, weights_multi: str | Path | None 
     """The networks in files that `covidsev export` wrote; sha256: expected hash of `weights`.
 
     threshold: instead of the one in the file. structure: what it must mark, "infection" or "lungs".
-    `ConfigError` without weights, for a network that marks something else, or for two networks that were
-    trained on slices of two kinds; `CheckpointError` for damaged ones."""
+    `ConfigError` without weights, for a network that marks something else, or for two networks that
+    were trained on slices of two kinds; `CheckpointError` for damaged ones."""
     if weights is None:
         raise ConfigError("prediction needs trained weights", found="none", expected="a .safetensors file",
                           fix="give them: --weights FILE; or give the infection mask: --infection MASK")
@@ -495,9 +511,10 @@ def _large_pieces(mask: np.ndarray, body: np.ndarray | None) -> np.ndarray:
 
 def find_lungs(scan: Scan, segmenter: Segmenter, body: np.ndarray | None = None, *, device: str = "cpu",
                batch_size: int = 8, tta: bool = False) -> np.ndarray:
-    """Lungs, uint8 0/1 of the shape of `scan.hu`, by a network with structure "lungs": first on whole slices,
-    then once more in the box around what was found, as its training slices were cut; within `body` (bool), since
-    a network that has hardly seen the air around a patient takes some of it for lung."""
+    """Lungs, uint8 0/1 of the shape of `scan.hu`, by a network with structure "lungs": first on
+    whole slices, then once more in the box around what was found, as its training slices were cut;
+    within `body` (bool), since a network that has hardly seen the air around a patient takes some
+    of it for lung."""
     options = {"size": segmenter.size, "threshold": segmenter.threshold, "device": resolve_device(device),
                "batch_size": batch_size, "tta": tta, "kind": segmenter.kind, "window": segmenter.window}
     first = _large_pieces(segment_scan(scan, segmenter.model, **options), body)
@@ -509,8 +526,9 @@ def find_lungs(scan: Scan, segmenter: Segmenter, body: np.ndarray | None = None,
 
 def segment(scan: Scan, segmenter: Segmenter, lungs: np.ndarray | None = None, *, device: str = "cpu",
             batch_size: int = 8, tta: bool = False) -> np.ndarray:
-    """`segment_scan` as the network was trained: in the box of the lungs if it knows real slices, which are
-    cropped; a network of phantoms gets whole slices, from the lowest to the highest with lung."""
+    """`segment_scan` as the network was trained: in the box of the lungs if it knows real slices,
+    which are cropped; a network of phantoms gets whole slices, from the lowest to the highest with
+    lung."""
     box = lung_box(lungs, scan.spacing_mm) if lungs is not None and np.any(lungs) else None
     if box is not None and segmenter.kind == "phantom":
         box = (*(slice(0, n) for n in as_volume(scan.hu).shape[:2]), box[2])
@@ -575,7 +593,8 @@ def run_info(run_folder: str | Path) -> ModelInfo:
 
 
 def _checkpoint_of(folder: Path, record: Mapping[str, Any]) -> Path:
-    """Where the weights of a run are: checkpoints/ of its repository, or below the folder (`covidsev train`)."""
+    """Where the weights of a run are: checkpoints/ of its repository, or below the folder
+    (`covidsev train`)."""
     key, places = record.get("key"), [folder / "checkpoints" / WEIGHTS_FILE]
     if key and len(folder.parents) > 3:
         name = Path(*folder.parts[-3:], key[:12], WEIGHTS_FILE)  # profile / experiment / run / key / file
@@ -591,10 +610,11 @@ def _checkpoint_of(folder: Path, record: Mapping[str, Any]) -> Path:
 
 
 def export_run(run_folder: str | Path, checkpoint: str | Path | None, out: str | Path) -> Path:
-    """Writes the network of a run, and its card, to `out` (.safetensors file or folder); returns the file.
+    """Writes the network of a run, and its card, to `out` (.safetensors file or folder); returns
+    the file.
 
-    checkpoint: its file, or None to look where the run left it. `ConfigError` without a run or a checkpoint,
-    `CheckpointError` if one does not fit the other."""
+    checkpoint: its file, or None to look where the run left it. `ConfigError` without a run or a
+    checkpoint, `CheckpointError` if one does not fit the other."""
     folder, out = Path(run_folder).resolve(), Path(out)
     record = _read_run(folder)
     path = Path(checkpoint) if checkpoint else _checkpoint_of(folder, record)
@@ -616,8 +636,8 @@ PARITY = 1e-4  # largest difference of a logit, as a share of the largest logit 
 
 
 class Parity(NamedTuple):
-    """Two programs on the same slices: `difference` of logits at most, relative to the largest one (at least
-    1); `changed` of `pixels` are decided differently."""
+    """Two programs on the same slices: `difference` of logits at most, relative to the largest one
+    (at least 1); `changed` of `pixels` are decided differently."""
 
     difference: float
     changed: int
@@ -634,7 +654,8 @@ def import_onnx() -> tuple[Any, Any]:
 
 
 class OneOutput(nn.Module):
-    """A network that gives only its prediction: logits (B, 1, S, S), or (B, 3, S, S) with a prior."""
+    """A network that gives only its prediction: logits (B, 1, S, S), or (B, 3, S, S) with a
+    prior."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -645,7 +666,8 @@ class OneOutput(nn.Module):
 
 
 def onnx_bytes(network: nn.Module, info: ModelInfo) -> bytes:
-    """The network as an ONNX model, not yet checked: image (and prior) float (B,1,S,S), any B, to logits.
+    """The network as an ONNX model, not yet checked: image (and prior) float (B,1,S,S), any B, to
+    logits.
 
     `MissingExtraError` where onnx or onnxruntime is not installed."""
     onnx, _ = import_onnx()
@@ -666,7 +688,8 @@ def _input_names(info: ModelInfo) -> list[str]:
 
 
 def _parity_inputs(info: ModelInfo) -> list[tuple[torch.Tensor, ...]]:
-    """Two batches to compare programs on: the demo slice alone; noise, a gradient and blackness together."""
+    """Two batches to compare programs on: the demo slice alone; noise, a gradient and blackness
+    together."""
     side, generator = info.size, torch.Generator().manual_seed(0)
     demo = resize_map(torch.from_numpy(to_uint8(demo_slice().hu).copy()).float()[None, None] / 255, (side, side))
     noise = torch.rand(1, 1, side, side, generator=generator)
@@ -678,8 +701,8 @@ def _parity_inputs(info: ModelInfo) -> list[tuple[torch.Tensor, ...]]:
 
 @torch.inference_mode()
 def check_parity(content: bytes, network: nn.Module, info: ModelInfo) -> Parity:
-    """Runs an ONNX model and the network, both on the CPU, on the same slices; `CovidSevError` if they differ
-    by more than `PARITY`, `CheckpointError` for bytes that are no ONNX model."""
+    """Runs an ONNX model and the network, both on the CPU, on the same slices; `CovidSevError` if
+    they differ by more than `PARITY`, `CheckpointError` for bytes that are no ONNX model."""
     options = import_onnx()[1].SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     try:

@@ -28,7 +28,8 @@ __all__ = ['BACKBONES', 'IMAGENET_WEIGHTS', 'ConvBN', 'bilinear_weights', 'resiz
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-007
 class ConvBN(nn.Module):
-    """Convolution without bias, then batch normalisation; size kept when stride is 1; no activation."""
+    """Convolution without bias, then batch normalisation; size kept when stride is 1; no
+    activation."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], *, stride: int = 1,
                  dilation: int = 1):
@@ -46,13 +47,15 @@ class ConvBN(nn.Module):
 @torch.inference_mode(False)
 @torch.no_grad()
 def bilinear_weights(inputs: int, outputs: int, device: torch.device) -> Tensor:
-    """What each of `outputs` places along an axis takes from each of `inputs`: float32 (outputs, inputs)."""
+    """What each of `outputs` places along an axis takes from each of `inputs`: float32 (outputs,
+    inputs)."""
     one_each = torch.eye(inputs, device=device)[None]
     return functional.interpolate(one_each, size=outputs, mode="linear")[0].t().contiguous()
 
 
 def resize_map(x: Tensor, size: tuple[int, int] | torch.Size, *, align_corners: bool = False) -> Tensor:
-    """Bilinear resize of `(B, C, H, W)` to a target size; returned as it is when it has that size already.
+    """Bilinear resize of `(B, C, H, W)` to a target size; returned as it is when it has that size
+    already.
 
     A map of one channel comes back as float32, whatever its precision."""
     size = tuple(size)
@@ -66,7 +69,8 @@ def resize_map(x: Tensor, size: tuple[int, int] | torch.Size, *, align_corners: 
 
 
 def dense(x: Tensor) -> Tensor:
-    """The same values `(B, C, H, W)` in memory of their own, channels last, whatever tensor they are a slice of."""
+    """The same values `(B, C, H, W)` in memory of their own, channels last, whatever tensor they
+    are a slice of."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -92,7 +96,8 @@ class Pyramid(NamedTuple):
 
 
 class DecoderWidths(NamedTuple):
-    """Channels after the receptive field blocks, of the edge attention, and in reverse attention 5, 4, 3."""
+    """Channels after the receptive field blocks, of the edge attention, and in reverse attention 5,
+    4, 3."""
 
     channels: int = 32
     edge: int = 64
@@ -102,7 +107,8 @@ class DecoderWidths(NamedTuple):
 
 
 class Bottleneck(nn.Module):
-    """ResNet-50 block: 1x1, 3x3 (strided), 1x1 to four times `planes`, plus the shortcut. He et al. 2016."""
+    """ResNet-50 block: 1x1, 3x3 (strided), 1x1 to four times `planes`, plus the shortcut. He et al.
+    2016."""
 
     def __init__(self, inputs: int, planes: int, stride: int, *, first: bool):
         super().__init__()
@@ -123,7 +129,8 @@ class Bottleneck(nn.Module):
 
 
 class Res2NetBlock(nn.Module):
-    """Res2Net v1b block, base width 26, 4 splits: three chained 3x3 convolutions over a quarter each.
+    """Res2Net v1b block, base width 26, 4 splits: three chained 3x3 convolutions over a quarter
+    each.
 
     The first block of a stage does not chain its splits and pools the fourth. Gao et al. 2021.
     """
@@ -159,7 +166,8 @@ class Res2NetBlock(nn.Module):
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-013
 def initialise_he(module: nn.Module) -> None:
-    """He (fan-out, normal) weights for every convolution, from the global generator: the caller seeds."""
+    """He (fan-out, normal) weights for every convolution, from the global generator: the caller
+    seeds."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
@@ -168,8 +176,8 @@ def initialise_he(module: nn.Module) -> None:
 class ResNet50(nn.Module):
     """ResNet-50 without classifier: `(B, 3, H, W)` to the four features of a `Pyramid`.
 
-    f2 256 channels at 1/4, f3 512 at 1/8, f4 1024 at 1/16, f5 2048 at 1/32 of the size. Parameter names are
-    torchvision's, so that its weights load. He et al. 2016.
+    f2 256 channels at 1/4, f3 512 at 1/8, f4 1024 at 1/16, f5 2048 at 1/32 of the size. Parameter
+    names are torchvision's, so that its weights load. He et al. 2016.
     """
 
     out_channels = (256, 512, 1024, 2048)
@@ -216,7 +224,8 @@ class Res2Net50(ResNet50):
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-017
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions plus a shortcut, which is a 1x1 where the shape changes. He et al. 2016."""
+    """Two 3x3 convolutions plus a shortcut, which is a 1x1 where the shape changes. He et al.
+    2016."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
         super().__init__()
@@ -230,7 +239,8 @@ class ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Residual backbone for a CPU: f2 24 channels at 1/2, f3 48 at 1/4, f4 96 at 1/8, f5 160 at 1/16."""
+    """Residual backbone for a CPU: f2 24 channels at 1/2, f3 48 at 1/4, f4 96 at 1/8, f5 160 at
+    1/16."""
 
     out_channels = (24, 48, 96, 160)
     strides = (2, 4, 8, 16)
@@ -265,8 +275,8 @@ BACKBONES: dict[str, type[nn.Module]] = {"res2net50": Res2Net50, "resnet50": Res
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a file of named tensors without running anything in it.
 
-    The prefix `module.` of parallel training is removed where all names have it. Raises CheckpointError for a
-    missing or damaged file, and for one that holds anything but tensors."""
+    The prefix `module.` of parallel training is removed where all names have it. Raises
+    CheckpointError for a missing or damaged file, and for one that holds anything but tensors."""
     path = Path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -282,7 +292,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], file: str | Path | None = None) -> None:
-    """CheckpointError with the first five names of each fault, unless both hold the same names and shapes."""
+    """CheckpointError with the first five names of each fault, unless both hold the same names and
+    shapes."""
     faults = {"missing": [n for n in own if n not in state], "unexpected": [n for n in state if n not in own],
               "of another shape": [n for n in own if n in state and own[n].shape != state[n].shape]}
     listed = [f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
@@ -296,9 +307,11 @@ def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], file: str
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], file: str | Path | None = None) -> None:
-    """Load weights into a module if every name and shape fits; else CheckpointError and an unchanged module.
+    """Load weights into a module if every name and shape fits; else CheckpointError and an
+    unchanged module.
 
-    Only the step counters of batch normalisation (`num_batches_tracked`) may be absent, as in old files."""
+    Only the step counters of batch normalisation (`num_batches_tracked`) may be absent, as in old
+    files."""
     own = module.state_dict()
     weights = _counters(own) | weights
     check_fits(own, weights, file)
@@ -311,7 +324,8 @@ def _counters(own: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-024
 class WeightFile(NamedTuple):
-    """Where a file of ImageNet weights comes from; its name ends in the first eight digits of its SHA-256."""
+    """Where a file of ImageNet weights comes from; its name ends in the first eight digits of its
+    SHA-256."""
 
     url: str
     licence: str
@@ -332,7 +346,8 @@ IMAGENET_WEIGHTS = {
 
 def initialise_backbone(backbone: nn.Module, name: str, init: str,
                         weights_path: str | Path | None) -> dict[str, str]:
-    """Apply `init` to a backbone and return the record of it: init, and file and sha256 for "imagenet"."""
+    """Apply `init` to a backbone and return the record of it: init, and file and sha256 for
+    "imagenet"."""
     check_choice("init", init, ("scratch", "imagenet"))
     if init == "scratch" and weights_path is None:
         return {"init": "scratch"}
@@ -348,7 +363,8 @@ def initialise_backbone(backbone: nn.Module, name: str, init: str,
 
 
 def check_digest(path: Path, known_name: str) -> str:
-    """SHA-256 of a file; must begin with the digits in its name (`-0676ba61.pth`), or else `known_name`."""
+    """SHA-256 of a file; must begin with the digits in its name (`-0676ba61.pth`), or else
+    `known_name`."""
     if not path.is_file():
         raise CheckpointError("there is no such weights file", file=path, expected=known_name)
     pattern = r"-([0-9a-f]{8,64})\.pth$"
@@ -362,7 +378,8 @@ def check_digest(path: Path, known_name: str) -> str:
 
 
 def fetch_weights(name: str, folder: str | Path | None = None, url: str | None = None) -> Path:
-    """Download ImageNet weights once, into the user's cache folder; DataMissingError without network."""
+    """Download ImageNet weights once, into the user's cache folder; DataMissingError without
+    network."""
     import pooch
 
     url = url or IMAGENET_WEIGHTS[name].url
@@ -389,9 +406,11 @@ def _keep_if_sound(path: Path, file_name: str) -> Path:
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-027
 class ReceptiveFieldBlock(nn.Module):
-    """Four parallel views of one feature map, merged: `(B, inputs, H, W)` to `(B, outputs, H, W)`, >= 0.
+    """Four parallel views of one feature map, merged: `(B, inputs, H, W)` to `(B, outputs, H, W)`,
+    >= 0.
 
-    Branch b > 0 reads a (2b+1)-wide cross, then a 3x3 dilated by 2b+1. Liu et al. 2018, as used by Inf-Net.
+    Branch b > 0 reads a (2b+1)-wide cross, then a 3x3 dilated by 2b+1. Liu et al. 2018, as used by
+    Inf-Net.
     """
 
     def __init__(self, inputs: int, outputs: int = 32):
@@ -411,7 +430,8 @@ class ReceptiveFieldBlock(nn.Module):
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-032
 class ParallelPartialDecoder(nn.Module):
-    """The global map S_g from three features: logits `(B, 1, H3, W3)` at the size of f3. Wu et al. 2019."""
+    """The global map S_g from three features: logits `(B, 1, H3, W3)` at the size of f3. Wu et al.
+    2019."""
 
     def __init__(self, channels: int = 32):
         super().__init__()
@@ -433,7 +453,8 @@ class ParallelPartialDecoder(nn.Module):
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-035
 class EdgeAttention(nn.Module):
-    """From f2: the edge attention `(B, width, H2, W2)` and the edge logits `(B, 1, H2, W2)`. Section IV.A."""
+    """From f2: the edge attention `(B, width, H2, W2)` and the edge logits `(B, 1, H2, W2)`.
+    Section IV.A."""
 
     def __init__(self, inputs: int, width: int = 64):
         super().__init__()
@@ -446,14 +467,17 @@ class EdgeAttention(nn.Module):
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-038
 def reverse(logits: Tensor) -> Tensor:
-    """Reverse attention 1 - sigmoid(c), in [0, 1], computed as sigmoid(-c) so that small values survive."""
+    """Reverse attention 1 - sigmoid(c), in [0, 1], computed as sigmoid(-c) so that small values
+    survive."""
     return torch.sigmoid(-logits)
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-041
 class ReverseAttention(nn.Module):
-    """Refine a coarse map by looking where it is not: logits `(B, 1, h, w)` at the size of the features.
+    """Refine a coarse map by looking where it is not: logits `(B, 1, h, w)` at the size of the
+    features.
 
-    S = c + head(body([reduce(f * (1 - sigmoid(c))), e_att])), c and e_att resized to f. Chen et al. 2018.
+    S = c + head(body([reduce(f * (1 - sigmoid(c))), e_att])), c and e_att resized to f. Chen et al.
+    2018.
     """
 
     def __init__(self, inputs: int, hidden: int, edge: int = 64, *, depth: int = 2, kernel: int = 3,
@@ -475,7 +499,8 @@ class ReverseAttention(nn.Module):
 
 # %% ../../nbs/2_method/03_infnet.ipynb #cell-044
 def check_input(x: Tensor, multiple: int) -> None:
-    """Accept float `(B, 1, H, W)` with sides that are multiples of `multiple`; else GeometryError."""
+    """Accept float `(B, 1, H, W)` with sides that are multiples of `multiple`; else
+    GeometryError."""
     if x.ndim != 4 or x.shape[1] != 1 or not x.is_floating_point():
         raise GeometryError("the network takes grey slices", found=f"{x.dtype} {tuple(x.shape)}",
                             expected="float (B, 1, H, W) in [0, 1]",
@@ -490,12 +515,12 @@ def check_input(x: Tensor, multiple: int) -> None:
 class InfNet(nn.Module):
     """Inf-Net: grey slices `(B, 1, H, W)` in [0, 1] to `SideOutputs` of logits at the same size.
 
-    The prediction is `s_3`. backbone: a name of `BACKBONES`. channels: width after the receptive field blocks
-    (None: 32, or 16 for "small"). init: "scratch" (the caller seeds) or "imagenet" (downloaded, or read from
-    `weights_path`); `init_record` says which. Raises GeometryError for sides that are no multiples of the
-    coarsest stride, ConfigError for an unknown name, CheckpointError or ChecksumError for weights that do
-    not fit.
-    Source: paper section IV.A and figure 1; Fan et al. 2020.
+    The prediction is `s_3`. backbone: a name of `BACKBONES`. channels: width after the receptive
+    field blocks (None: 32, or 16 for "small"). init: "scratch" (the caller seeds) or "imagenet"
+    (downloaded, or read from `weights_path`); `init_record` says which. Raises GeometryError for
+    sides that are no multiples of the coarsest stride, ConfigError for an unknown name,
+    CheckpointError or ChecksumError for weights that do not fit. Source: paper section IV.A and
+    figure 1; Fan et al. 2020.
     """
 
     def __init__(self, backbone: str = "res2net50", *, channels: int | None = None, init: str = "scratch",

@@ -30,8 +30,8 @@ CELL = 16
 
 
 def mask_grid(size: tuple[int, int] | torch.Size) -> tuple[int, int]:
-    """Rows and columns of cells, each 16 x 16 pixels, of an image of `size` (height, width); GeometryError
-    if it does not fit."""
+    """Rows and columns of cells, each 16 x 16 pixels, of an image of `size` (height, width);
+    GeometryError if it does not fit."""
     if min(size) < CELL or any(side % CELL for side in size):
         near = [max(1, round(side / CELL)) * CELL for side in size]
         raise GeometryError("the image does not divide into cells", found=f"{size[0]} x {size[1]} pixels",
@@ -55,8 +55,8 @@ def rank_of_threshold(cells: int, keep: float) -> int:
 
 # %% ../../nbs/2_method/06_inpainting.ipynb #cell-011
 def constrain(scores: Tensor, keep: float) -> Tensor:
-    """B_hat of equation (4): scores (B, 1, h, w) minus the K-th largest of each image; NonFiniteError for
-    NaN or infinity."""
+    """B_hat of equation (4): scores (B, 1, h, w) minus the K-th largest of each image;
+    NonFiniteError for NaN or infinity."""
     if not torch.isfinite(scores).all():
         raise NonFiniteError("the coach's scores are not finite", expected="finite numbers",
                              found=f"{int((~torch.isfinite(scores)).sum())} bad of {scores.numel()}")
@@ -72,11 +72,11 @@ def soft_mask(scores: Tensor, keep: float, alpha: float = 1.0) -> Tensor:
 
 
 def hard_mask(scores: Tensor, keep: float) -> Tensor:
-    """1 for the K - 1 highest cells of each image, 0 for the others, (B, 1, h, w): what the network is
-    trained with.
+    """1 for the K - 1 highest cells of each image, 0 for the others, (B, 1, h, w): what the network
+    is trained with.
 
-    Equals soft_mask > 0.5; among equal scores the first cells count as higher, so that the number kept
-    never varies."""
+    Equals soft_mask > 0.5; among equal scores the first cells count as higher, so that the number
+    kept never varies."""
     flat = constrain(scores, keep).flatten(1)
     order = flat.argsort(dim=1, descending=True, stable=True)
     kept = order[:, :rank_of_threshold(flat.shape[1], keep) - 1]
@@ -84,13 +84,14 @@ def hard_mask(scores: Tensor, keep: float) -> Tensor:
 
 
 def random_mask(batch: int, grid: tuple[int, int], keep: float, generator: torch.Generator) -> Tensor:
-    """Hard masks (batch, 1, *grid) of uniform random scores, on the CPU: the warm-up, by the same rule."""
+    """Hard masks (batch, 1, *grid) of uniform random scores, on the CPU: the warm-up, by the same
+    rule."""
     return hard_mask(torch.rand((batch, 1, *grid), generator=generator), keep)
 
 
 def spread(cells: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Cells (B, 1, h, w) to pixels (B, 1, H, W), each repeated 16 x 16 times; differentiable. GeometryError
-    if sizes do not fit."""
+    """Cells (B, 1, h, w) to pixels (B, 1, H, W), each repeated 16 x 16 times; differentiable.
+    GeometryError if sizes do not fit."""
     batch, channels, rows, columns = cells.shape
     if (rows, columns) != mask_grid(size):
         raise GeometryError("mask and image do not fit", expected=f"cells of {CELL} x {CELL} pixels",
@@ -113,8 +114,8 @@ def grey_of(normalised: Tensor) -> Tensor:
 
 
 def grey_gradient(x: Tensor) -> Tensor:
-    """Length of (next - previous pixel) along both axes, border repeated, (B, 1, H, W), in the units of
-    normalised_grey; >= 0."""
+    """Length of (next - previous pixel) along both axes, border repeated, (B, 1, H, W), in the
+    units of normalised_grey; >= 0."""
     padded = functional.pad(x, (1, 1, 1, 1), mode="replicate")
     across = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
     down = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
@@ -122,8 +123,8 @@ def grey_gradient(x: Tensor) -> Tensor:
 
 
 def erase(x: Tensor, mask: Tensor) -> Tensor:
-    """x * M in normalised units: where the mask is 0, slices (B, C, H, W) in [0, 1] become the mean grey,
-    not black."""
+    """x * M in normalised units: where the mask is 0, slices (B, C, H, W) in [0, 1] become the mean
+    grey, not black."""
     return mask * x + (1 - mask) * GREY_MEAN
 
 # %% ../../nbs/2_method/06_inpainting.ipynb #cell-022
@@ -135,7 +136,8 @@ ERRORS = ("squares", "cross_entropy")
 
 
 def clipped_error(output: Tensor, target: Tensor, limit: float = 2.0) -> Tensor:
-    """min((output - target)^2, limit) per pixel, mean over the channels: (B, C, H, W) to (B, 1, H, W)."""
+    """min((output - target)^2, limit) per pixel, mean over the channels: (B, C, H, W) to (B, 1, H,
+    W)."""
     return (output.float() - target).square().clamp(max=limit).mean(dim=1, keepdim=True)
 
 
@@ -154,15 +156,15 @@ def painted_grey(output: Tensor, kind: str = "squares") -> Tensor:
 
 
 def linear_head(head: nn.Module, outputs: int = 1) -> nn.Conv2d:
-    """A fresh convolution with bias, and nothing after it, of the same input and kernel as `head` (ConvBN or
-    Conv2d)."""
+    """A fresh convolution with bias, and nothing after it, of the same input and kernel as `head`
+    (ConvBN or Conv2d)."""
     conv = head.conv if isinstance(head, ConvBN) else head
     return nn.Conv2d(conv.in_channels, outputs, conv.kernel_size, padding=conv.padding)
 
 
 def tanh_head(head: nn.Module) -> nn.Module:
-    """The published three-channel head before its tanh: normalised like `head` itself where that is a
-    ConvBN, else linear."""
+    """The published three-channel head before its tanh: normalised like `head` itself where that is
+    a ConvBN, else linear."""
     if isinstance(head, ConvBN):
         return ConvBN(head.conv.in_channels, 3, head.conv.kernel_size)
     return linear_head(head, 3)
@@ -184,12 +186,13 @@ def _head_inputs(network: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 # %% ../../nbs/2_method/06_inpainting.ipynb #cell-023
 class InpaintingInfNet(InfNet):
-    """Inf-Net whose five outputs reconstruct: erased grey slices (B, 1, H, W) in [0, 1] to `SideOutputs` of
-    that size.
+    """Inf-Net whose five outputs reconstruct: erased grey slices (B, 1, H, W) in [0, 1] to
+    `SideOutputs` of that size.
 
-    variant "linear": each last layer is a `linear_head`; the maps are `normalised_grey`, the edge is
-    `grey_gradient`. "as_published": tanh heads of three channels beside the old ones, all for the image,
-    (B, 3, H, W) in [-1, 1]. Other options and errors as `InfNet`. Source: paper section IV.B and figure 1."""
+    variant "linear": each last layer is a `linear_head`; the maps are `normalised_grey`, the edge
+    is `grey_gradient`. "as_published": tanh heads of three channels beside the old ones, all for
+    the image, (B, 3, H, W) in [-1, 1]. Other options and errors as `InfNet`. Source: paper section
+    IV.B and figure 1."""
 
     fresh_layers = LAST_LAYERS  # of the network that is fine-tuned: not transferred
     own_layers = (*LAST_LAYERS, "inpainting")  # of this network: they stay behind
@@ -217,7 +220,8 @@ class InpaintingInfNet(InfNet):
         return SideOutputs(**{name: torch.tanh(value) for name, value in painted.items()})
 
     def errors(self, outputs: SideOutputs, x: Tensor, kind: str = "squares") -> dict[str, Tensor]:
-        """Error of each output per pixel, (B, 1, H, W), against the whole slice x; `kind` is one of `ERRORS`.
+        """Error of each output per pixel, (B, 1, H, W), against the whole slice x; `kind` is one of
+        `ERRORS`.
 
         ConfigError for cross-entropy of the published heads, which end in a tanh."""
         if self.variant == "as_published":
@@ -239,11 +243,11 @@ class InpaintingInfNet(InfNet):
 
 # %% ../../nbs/2_method/06_inpainting.ipynb #cell-032
 class InpaintingNet(nn.Module):
-    """A copy (`body`) of a network with one `head` (Conv2d), which becomes linear: erased x (B, C, H, W) in
-    [0, 1] to `SideOutputs` with `s_3` alone, of the shape of x.
+    """A copy (`body`) of a network with one `head` (Conv2d), which becomes linear: erased x (B, C,
+    H, W) in [0, 1] to `SideOutputs` with `s_3` alone, of the shape of x.
 
-    channels: C, the number of maps that the network is called with. ConfigError for a network that has no
-    `head` or no `features(*maps)`, what the head reads."""
+    channels: C, the number of maps that the network is called with. ConfigError for a network that
+    has no `head` or no `features(*maps)`, what the head reads."""
 
     own_layers = fresh_layers = ("head",)  # stays behind; is not loaded
 
@@ -260,7 +264,8 @@ class InpaintingNet(nn.Module):
         return SideOutputs(s_3=resize_map(self.body.head(self.body.features(*x.split(1, dim=1))), x.shape[-2:]))
 
     def errors(self, outputs: SideOutputs, x: Tensor, kind: str = "squares") -> dict[str, Tensor]:
-        """Error per pixel of each channel, (B, 1, H, W), against the whole x; `kind` is one of `ERRORS`."""
+        """Error per pixel of each channel, (B, 1, H, W), against the whole x; `kind` is one of
+        `ERRORS`."""
         pairs = zip(outputs.s_3.split(1, dim=1), x.split(1, dim=1), strict=True)
         return {f"channel {k}": grey_error(output, channel, kind) for k, (output, channel) in enumerate(pairs)}
 
@@ -270,8 +275,8 @@ class InpaintingNet(nn.Module):
 
 # %% ../../nbs/2_method/06_inpainting.ipynb #cell-036
 class ReconstructionLoss(NamedTuple):
-    """Scalars: `total` is what the network minimises; `erased` is L_rec, the error where the slice was
-    erased; `kept`, elsewhere."""
+    """Scalars: `total` is what the network minimises; `erased` is L_rec, the error where the slice
+    was erased; `kept`, elsewhere."""
 
     total: Tensor
     erased: Tensor
@@ -279,8 +284,8 @@ class ReconstructionLoss(NamedTuple):
 
 
 def region_mean(error: Tensor, weight: Tensor) -> Tensor:
-    """Mean of an error (B, 1, H, W) under a weight in [0, 1], per image, then over the batch; an image
-    without weight counts 0."""
+    """Mean of an error (B, 1, H, W) under a weight in [0, 1], per image, then over the batch; an
+    image without weight counts 0."""
     total = (weight * error).sum(dim=(1, 2, 3))
     return (total / weight.sum(dim=(1, 2, 3)).clamp(min=1e-6)).mean()
 
@@ -289,8 +294,9 @@ KEPT_WEIGHT = 0.01
 
 
 def reconstruction_loss(errors: Mapping[str, Tensor], mask: Tensor, *, whole: bool = False) -> ReconstructionLoss:
-    """Errors of every output, (B, 1, H, W) each, under one mask, 1 = kept: the mean over the outputs, erased
-    and kept area apart. whole: `total` is the mean over all pixels (algorithm 2 word for word)."""
+    """Errors of every output, (B, 1, H, W) each, under one mask, 1 = kept: the mean over the
+    outputs, erased and kept area apart. whole: `total` is the mean over all pixels (algorithm 2
+    word for word)."""
     erased = torch.stack([region_mean(error, 1 - mask) for error in errors.values()]).mean()
     kept = torch.stack([region_mean(error, mask) for error in errors.values()]).mean()
     everything = torch.stack([error.mean() for error in errors.values()]).mean() if whole else None
@@ -299,8 +305,8 @@ def reconstruction_loss(errors: Mapping[str, Tensor], mask: Tensor, *, whole: bo
 
 # %% ../../nbs/2_method/06_inpainting.ipynb #cell-040
 class TransferReport(NamedTuple):
-    """Names of tensors: `loaded` from the pretext, `fresh` in the network as they were, `left` behind in the
-    pretext; values loaded."""
+    """Names of tensors: `loaded` from the pretext, `fresh` in the network as they were, `left`
+    behind in the pretext; values loaded."""
 
     loaded: tuple[str, ...]
     fresh: tuple[str, ...]
@@ -315,7 +321,8 @@ class TransferReport(NamedTuple):
 
 
 def _layers(names: tuple[str, ...]) -> str:
-    """The layers that names belong to, with their number of tensors: `decoder.head` apart from `decoder`."""
+    """The layers that names belong to, with their number of tensors: `decoder.head` apart from
+    `decoder`."""
     groups: dict[str, int] = {}
     for name in names:
         top, *rest = name.split(".")
@@ -330,12 +337,13 @@ def _under(name: str, layers: tuple[str, ...]) -> bool:
 
 
 def transfer(pretext: nn.Module, network: nn.Module) -> TransferReport:
-    """Copy every weight and statistic of a pretext network into `network`, last layers excepted; both keep
-    their own memory.
+    """Copy every weight and statistic of a pretext network into `network`, last layers excepted;
+    both keep their own memory.
 
-    What is excepted stands in `pretext.own_layers` and, for the network, `pretext.fresh_layers`. A pretext
-    that wraps its network has it as `body`. CheckpointError, and an unchanged network, unless all other names
-    and shapes are the same on both sides; NonFiniteError for weights that are not finite."""
+    What is excepted stands in `pretext.own_layers` and, for the network, `pretext.fresh_layers`. A
+    pretext that wraps its network has it as `body`. CheckpointError, and an unchanged network,
+    unless all other names and shapes are the same on both sides; NonFiniteError for weights that
+    are not finite."""
     given, own = getattr(pretext, "body", pretext).state_dict(), network.state_dict()
     source = {name: value for name, value in given.items() if not _under(name, pretext.own_layers)}
     target = {name: value for name, value in own.items() if not _under(name, pretext.fresh_layers)}

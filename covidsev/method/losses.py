@@ -33,7 +33,8 @@ class SideOutputs(NamedTuple):
 
 # %% ../../nbs/2_method/02_losses.ipynb #cell-010
 class LossParts(NamedTuple):
-    """The terms of equation (2) as scalars, None for an output that is missing; `total` to differentiate."""
+    """The terms of equation (2) as scalars, None for an output that is missing; `total` to
+    differentiate."""
 
     total: Tensor
     s_g: Tensor | None = None
@@ -44,9 +45,11 @@ class LossParts(NamedTuple):
 
 # %% ../../nbs/2_method/02_losses.ipynb #cell-013
 def box_mean(x: Tensor, k: int = 31) -> Tensor:
-    """Mean over the k x k box round each pixel of `(B, C, H, W)`, zeros beyond the border counted; `k` odd.
+    """Mean over the k x k box round each pixel of `(B, C, H, W)`, zeros beyond the border counted;
+    `k` odd.
 
-    Equals `avg_pool2d(x, k, stride=1, padding=k // 2)`, as two passes of k taps instead of one of k squared.
+    Equals `avg_pool2d(x, k, stride=1, padding=k // 2)`, as two passes of k taps instead of one of k
+    squared.
     """
     if k < 1 or k % 2 == 0:
         raise GeometryError("a box needs a centre pixel", found=f"k = {k}", expected="an odd number from 1")
@@ -64,9 +67,11 @@ def _band(n: int, k: int, device: torch.device) -> Tensor:
 
 # %% ../../nbs/2_method/02_losses.ipynb #cell-019
 def boundary_weights(mask: Tensor) -> Tensor:
-    """Weight of each pixel, 1 far from a boundary and up to 6 at one, for a mask `(B, 1, H, W)` in [0, 1].
+    """Weight of each pixel, 1 far from a boundary and up to 6 at one, for a mask `(B, 1, H, W)` in
+    [0, 1].
 
-    w = 1 + 5 |box_mean(G) - G|; a constant for autograd. Source: the structure loss of Inf-Net, to which paper section IV.A refers.
+    w = 1 + 5 |box_mean(G) - G|; a constant for autograd. Source: the structure loss of Inf-Net, to
+    which paper section IV.A refers.
     """
     with torch.no_grad():
         mask = mask.float()
@@ -77,19 +82,22 @@ VARIANTS = ("weighted", "as_published")
 
 
 def focal(loss: Tensor, gamma: float, alpha: float = 1.0) -> Tensor:
-    """Focal form of un-reduced cross-entropies: alpha (1 - exp(-loss))^gamma loss. Lin et al. 2017."""
+    """Focal form of un-reduced cross-entropies: alpha (1 - exp(-loss))^gamma loss. Lin et al.
+    2017."""
     return alpha * (-torch.expm1(-loss)).clamp_min(0) ** gamma * loss if gamma else alpha * loss
 
 
 def weighted_bce(logits: Tensor, mask: Tensor, weights: Tensor, focal_gamma: float = 0.0) -> Tensor:
-    """Cross-entropy per image, `(B,)`: sum(w * bce) / sum(w), from logits, so that it never overflows."""
+    """Cross-entropy per image, `(B,)`: sum(w * bce) / sum(w), from logits, so that it never
+    overflows."""
     entropy = functional.binary_cross_entropy_with_logits(logits.float(), mask.float(), reduction="none")
     entropy = focal(entropy, focal_gamma)
     return (weights * entropy).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
 
 
 def weighted_iou(logits: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """1 - soft intersection over union per image, `(B,)` in [0, 1): both sums weighted, 1 added to each."""
+    """1 - soft intersection over union per image, `(B,)` in [0, 1): both sums weighted, 1 added to
+    each."""
     probs = torch.sigmoid(logits.float())
     inter = (weights * probs * mask).sum(dim=(1, 2, 3))
     both = (weights * (probs + mask)).sum(dim=(1, 2, 3))
@@ -100,10 +108,10 @@ def structure_loss(logits: Tensor, mask: Tensor, weights: Tensor | None = None, 
                    focal_gamma: float = 0.0) -> Tensor:
     """L_seg = L_IoU + L_BCE of equation (1), a scalar, from logits and mask `(B, 1, H, W)`.
 
-    weights: `boundary_weights(mask)`, passed in when several maps share one mask. variant: "weighted", or
-    "as_published", in which the entropy is a plain mean, as in the released code. focal_gamma: exponent of
-    `focal` on the entropy, 0 is off. Raises GeometryError when the shapes differ, ConfigError for an unknown
-    variant.
+    weights: `boundary_weights(mask)`, passed in when several maps share one mask. variant:
+    "weighted", or "as_published", in which the entropy is a plain mean, as in the released code.
+    focal_gamma: exponent of `focal` on the entropy, 0 is off. Raises GeometryError when the shapes
+    differ, ConfigError for an unknown variant.
     """
     check_choice("loss variant", variant, VARIANTS)
     _check_same_shape(logits, mask)
@@ -121,14 +129,16 @@ def _check_same_shape(logits: Tensor, target: Tensor) -> None:
 
 # %% ../../nbs/2_method/02_losses.ipynb #cell-034
 def edge_loss(logits: Tensor, edge: Tensor) -> Tensor:
-    """L_edge: mean cross-entropy of the edge logits against the edge map, both `(B, 1, H, W)`; a scalar."""
+    """L_edge: mean cross-entropy of the edge logits against the edge map, both `(B, 1, H, W)`; a
+    scalar."""
     _check_same_shape(logits, edge)
     return functional.binary_cross_entropy_with_logits(logits.float(), edge.float())
 
 # %% ../../nbs/2_method/02_losses.ipynb #cell-037
 def infnet_loss(outputs: SideOutputs, mask: Tensor, edge: Tensor | None = None, variant: str = "weighted",
                 focal_gamma: float = 0.0) -> LossParts:
-    """All terms of equation (2) for the maps that are present; mask and edge `(B, 1, H, W)` in [0, 1].
+    """All terms of equation (2) for the maps that are present; mask and edge `(B, 1, H, W)` in [0,
+    1].
 
     The weight map is made once for all maps. Raises as `structure_loss` does.
     """
@@ -149,12 +159,14 @@ def _maps(parts: SideOutputs | LossParts) -> dict[str, Tensor]:
 
 # %% ../../nbs/2_method/02_losses.ipynb #cell-041
 def test_loss_sum(parts: LossParts) -> Tensor:
-    """Sum of the losses of the infection maps, the edge left out: how the first draft logged Table I."""
+    """Sum of the losses of the infection maps, the edge left out: how the first draft logged Table
+    I."""
     return torch.stack(list(_maps(parts).values())).sum()
 
 
 def test_loss_mean(parts: LossParts) -> Tensor:
-    """Mean of the losses of the infection maps, the edge left out: how the second draft logged Table I."""
+    """Mean of the losses of the infection maps, the edge left out: how the second draft logged
+    Table I."""
     return torch.stack(list(_maps(parts).values())).mean()
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # for readers and editors: pandas is imported where a table i
 
 # %% ../../nbs/2_method/05_metrics.ipynb #cell-009
 def as_map(values: ArrayLike) -> NDArray[np.float64]:
-    """A probability map as float64, any shape, all in [0, 1]. `IntensityError` with counts otherwise."""
+    """A probability map as float64, any shape, all in [0, 1]. `IntensityError` with counts
+    otherwise."""
     array = np.asarray(values).astype(np.float64)
     inside = (array >= 0) & (array <= 1)  # False for NaN as well
     if not inside.all():
@@ -42,7 +43,8 @@ def as_map(values: ArrayLike) -> NDArray[np.float64]:
 
 
 def as_mask(values: ArrayLike) -> NDArray[np.bool_]:
-    """A mask as bool, from bool or numbers that are all 0 or 1. `MaskError` with the values otherwise."""
+    """A mask as bool, from bool or numbers that are all 0 or 1. `MaskError` with the values
+    otherwise."""
     array = np.asarray(values)
     if array.dtype != bool and not ((array == 0) | (array == 1)).all():
         some = ", ".join(f"{value:g}" for value in np.unique(array)[:6])
@@ -62,7 +64,8 @@ def _check_shapes(scored: NDArray, truth: NDArray) -> None:
 def check_pair(probability: ArrayLike, truth: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """A map (float64, [0, 1]) and its truth (bool) of one shape.
 
-    `IntensityError`, `MaskError` or `GeometryError` with counts, values or both shapes otherwise."""
+    `IntensityError`, `MaskError` or `GeometryError` with counts, values or both shapes
+    otherwise."""
     probability, truth = as_map(probability), as_mask(truth)
     _check_shapes(probability, truth)
     return probability, truth
@@ -114,7 +117,8 @@ def _ratio(part: float, whole: float, default: float) -> float:
 def overlap(counts: Counts, empty: str = "exclude") -> dict[str, float]:
     """Dice, IoU, sensitivity, specificity and precision of four counts, each in [0, 1] or NaN.
 
-    `empty` is what two empty masks are worth: "exclude" (NaN), "one" or "zero". Any other 0/0 is NaN."""
+    `empty` is what two empty masks are worth: "exclude" (NaN), "one" or "zero". Any other 0/0 is
+    NaN."""
     tp, fp, fn, tn = counts
     fill = EMPTY_RULES[check_choice("empty rule", empty, EMPTY_RULES)]
     if tp + fp + fn:
@@ -125,7 +129,8 @@ def overlap(counts: Counts, empty: str = "exclude") -> dict[str, float]:
 
 # %% ../../nbs/2_method/05_metrics.ipynb #cell-016
 def dsc(segmentation: ArrayLike, reference: ArrayLike, empty: str = "exclude") -> float:
-    """Dice similarity coefficient of two masks of one shape, eq. (6): 2|R∩S| / (|R|+|S|), in [0, 1].
+    """Dice similarity coefficient of two masks of one shape, eq. (6): 2|R∩S| / (|R|+|S|), in [0,
+    1].
 
     Both empty: by `empty`, see `overlap`. Errors as in `check_pair`."""
     return overlap(confusion(segmentation, reference), empty)["dice"]
@@ -177,10 +182,11 @@ def _hd95_of_empty(both: bool, diagonal: float, empty: str) -> float:
 
 def hd95(prediction: ArrayLike, truth: ArrayLike, spacing: Sequence[float] | None = None,
          empty: str = "exclude") -> float:
-    """The larger of the two directed 95th percentiles of outline distances; mm with `spacing`, else pixels.
+    """The larger of the two directed 95th percentiles of outline distances; mm with `spacing`, else
+    pixels.
 
-    Both empty: NaN, 0 for `empty="one"`, the diagonal for "zero". One empty: the diagonal of the picture,
-    the largest distance there is, so that a network that finds nothing is not excused.
+    Both empty: NaN, 0 for `empty="one"`, the diagonal for "zero". One empty: the diagonal of the
+    picture, the largest distance there is, so that a network that finds nothing is not excused.
     Errors as in `check_masks`; `GeometryError` for a `spacing` that is not positive."""
     prediction, truth = check_masks(prediction, truth)
     spacing = _check_spacing(spacing, truth.ndim)
@@ -193,14 +199,17 @@ def hd95(prediction: ArrayLike, truth: ArrayLike, spacing: Sequence[float] | Non
 
 # %% ../../nbs/2_method/05_metrics.ipynb #cell-025
 def _stretch(values: NDArray, low: float, high: float) -> NDArray:
-    """`values` moved so that `low` becomes 0 and `high` becomes 1; unchanged where these are equal."""
+    """`values` moved so that `low` becomes 0 and `high` becomes 1; unchanged where these are
+    equal."""
     return (values - low) / (high - low) if high > low else values
 
 
 def to_levels(probability: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """A map as the toolbox sees it: 8-bit levels, and the stretched value in [0, 1] of all 256 levels.
+    """A map as the toolbox sees it: 8-bit levels, and the stretched value in [0, 1] of all 256
+    levels.
 
-    A map that is k/255 throughout keeps its levels; any other is stretched first and then rounded half up."""
+    A map that is k/255 throughout keeps its levels; any other is stretched first and then rounded
+    half up."""
     scaled = 255 * as_map(probability)
     levels = np.floor(scaled + 0.5)
     if np.abs(scaled - levels).max() > 1e-4:  # float32 leaves 2e-5 on a true 8-bit map
@@ -222,9 +231,11 @@ def toolbox_thresholds() -> NDArray[np.float64]:
 
 
 def counts_at(histograms: NDArray, values: NDArray, thresholds: ArrayLike, strict: bool = False) -> Counts:
-    """The four counts at each threshold, of `histograms` (2, bins) whose bins have rising `values` (bins,).
+    """The four counts at each threshold, of `histograms` (2, bins) whose bins have rising `values`
+    (bins,).
 
-    A pixel is positive where value >= threshold, or > for `strict`. Counts have the shape of `thresholds`."""
+    A pixel is positive where value >= threshold, or > for `strict`. Counts have the shape of
+    `thresholds`."""
     first = np.searchsorted(values, thresholds, side="right" if strict else "left")
     tails = np.cumsum(np.pad(histograms, ((0, 0), (0, 1)))[:, ::-1], axis=1)[:, ::-1]
     (fp, tp), (n_outside, n_inside) = tails[:, first], histograms.sum(axis=1)
@@ -232,7 +243,8 @@ def counts_at(histograms: NDArray, values: NDArray, thresholds: ArrayLike, stric
 
 
 def toolbox_overlap(counts: Counts) -> dict[str, NDArray[np.float64]]:
-    """Dice, sensitivity, specificity and precision in [0, 1] as the toolbox has them: all 0 where TP = 0."""
+    """Dice, sensitivity, specificity and precision in [0, 1] as the toolbox has them: all 0 where
+    TP = 0."""
     tp, fp, fn, tn = (np.asarray(count, dtype=np.float64) for count in counts)
     found = tp > 0
     ratios = {"dice": (2 * tp, tp + fn + tp + fp), "sensitivity": (tp, tp + fn),
@@ -250,7 +262,8 @@ def _alignment(a: NDArray, b: NDArray) -> NDArray:
 
 
 def e_measure(counts: Counts) -> NDArray[np.float64]:
-    """E-measure (Fan et al., IJCAI 2018) of four counts, in their shape; over N - 1, as in the toolbox."""
+    """E-measure (Fan et al., IJCAI 2018) of four counts, in their shape; over N - 1, as in the
+    toolbox."""
     tp, fp, fn, tn = (np.asarray(count, dtype=np.float64) for count in counts)
     n, marked, true = tp + fp + fn + tn, tp + fp, tp + fn
     cells = ((tp, 1, 1), (fp, 1, 0), (fn, 0, 1), (tn, 0, 0))
@@ -264,19 +277,22 @@ def _centre(weight: NDArray) -> int:
 
 
 def centroid_cut(truth: NDArray[np.bool_]) -> tuple[int, int]:
-    """How many rows and columns of `truth` (H, W), not empty, lie before the cut at its centroid."""
+    """How many rows and columns of `truth` (H, W), not empty, lie before the cut at its
+    centroid."""
     return _centre(truth.sum(axis=1)), _centre(truth.sum(axis=0))
 
 
 def quadrant_histograms(levels: NDArray[np.uint8], truth: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """`grey_histograms` (4, 2, 256) of the quarters about the truth's centroid; their sum is the whole."""
+    """`grey_histograms` (4, 2, 256) of the quarters about the truth's centroid; their sum is the
+    whole."""
     row, column = centroid_cut(truth) if truth.any() else (0, 0)
     quarters = [(r, c) for r in (slice(row), slice(row, None)) for c in (slice(column), slice(column, None))]
     return np.stack([grey_histograms(levels[quarter], truth[quarter]) for quarter in quarters])
 
 
 def _moments(histogram: NDArray, values: NDArray) -> tuple[float, float, float]:
-    """Count, mean, and sum of squared deviations of a histogram. Exact for a constant, hence the offset."""
+    """Count, mean, and sum of squared deviations of a histogram. Exact for a constant, hence the
+    offset."""
     n, offset = histogram.sum(), values[histogram.argmax()]
     mean = offset + histogram @ (values - offset) / max(n, 1)
     return float(n), float(mean), float(histogram @ (values - mean) ** 2)
@@ -289,7 +305,8 @@ def _object_score(histogram: NDArray, values: NDArray) -> float:
 
 
 def _quadrant_score(histograms: NDArray, values: NDArray) -> float:
-    """Structural similarity of map and truth in one quarter; 1 where both are constant and 0 where one is."""
+    """Structural similarity of map and truth in one quarter; 1 where both are constant and 0 where
+    one is."""
     n, mean, squares = _moments(histograms.sum(axis=0), values)
     true = histograms[1].sum() / max(n, 1)
     covariance = ((1 - true) * histograms[1] - true * histograms[0]) @ (values - mean)
@@ -299,7 +316,8 @@ def _quadrant_score(histograms: NDArray, values: NDArray) -> float:
 
 
 def s_measure(quadrants: NDArray, values: NDArray) -> float:
-    """S-measure (Fan et al., ICCV 2017), in [0, 1], of `quadrant_histograms` and the value of each level.
+    """S-measure (Fan et al., ICCV 2017), in [0, 1], of `quadrant_histograms` and the value of each
+    level.
 
     An empty truth scores 1 - mean of the map, a full one its mean."""
     outside, inside = quadrants.sum(axis=0)
@@ -328,7 +346,8 @@ def _scores_at(histograms: NDArray, values: NDArray, thresholds: ArrayLike) -> d
 
 
 def toolbox_image(probability: ArrayLike, truth: ArrayLike) -> ToolboxScores:
-    """Everything the toolbox computes of one map (H, W) and its truth (H, W). Errors as in `check_pair`."""
+    """Everything the toolbox computes of one map (H, W) and its truth (H, W). Errors as in
+    `check_pair`."""
     probability, truth = check_pair(probability, truth)
     if truth.ndim != 2:
         raise GeometryError("the toolbox scores pictures", found=f"shape {truth.shape}", expected="(H, W)")
@@ -359,7 +378,8 @@ def _reduce_curves(curves: dict[str, NDArray]) -> dict[str, float]:
 
 
 def toolbox(maps: Images, truths: Images) -> dict[str, float]:
-    """All toolbox scores of maps (H, W) in [0, 1] and truths (H, W), named as in the published tables.
+    """All toolbox scores of maps (H, W) in [0, 1] and truths (H, W), named as in the published
+    tables.
 
     meanDice meanSen meanSpe meanPre meanEm meanFm, max* of the same, Sm, MAE,
     adpDice adpSen adpSpe adpPre adpEm adpIoU. Errors as in `check_pairs` and `check_pair`."""
@@ -376,8 +396,9 @@ def score_image(probability: ArrayLike, truth: ArrayLike, threshold: float = 0.5
                 spacing: Sequence[float] | None = None, empty: str = "exclude") -> dict[str, float]:
     """The plain scores of one image, positive where p >= threshold.
 
-    dice, iou, sensitivity, specificity, precision, soft_dice in [0, 1] or NaN; area_error (share of the
-    image); mae; hd95 (mm with `spacing`, else pixels); n_truth, n_pred (pixels). Errors: `check_pair`."""
+    dice, iou, sensitivity, specificity, precision, soft_dice in [0, 1] or NaN; area_error (share of
+    the image); mae; hd95 (mm with `spacing`, else pixels); n_truth, n_pred (pixels). Errors:
+    `check_pair`."""
     probability, truth = check_pair(probability, truth)
     prediction = probability >= _check_threshold(threshold)
     counts = confusion(prediction, truth)
@@ -390,7 +411,8 @@ def score_image(probability: ArrayLike, truth: ArrayLike, threshold: float = 0.5
 
 def per_image(probs: Images, truths: Images, threshold: float = 0.5, *, ids: Sequence[str] | None = None,
               spacing: Sequence[float] | None = None, empty: str = "exclude") -> "pd.DataFrame":
-    """One row per image: id (default 0, 1, 2 ...) and its `score_image`. Errors as in `check_pairs`."""
+    """One row per image: id (default 0, 1, 2 ...) and its `score_image`. Errors as in
+    `check_pairs`."""
     import pandas as pd
 
     pairs = check_pairs(probs, truths)
@@ -413,7 +435,8 @@ def empty_counts(table: "pd.DataFrame") -> dict[str, int]:
 
 
 def summarise(table: "pd.DataFrame") -> "pd.DataFrame":
-    """Columns metric, value, n: each score's mean over the n images where it exists, then `empty_counts`."""
+    """Columns metric, value, n: each score's mean over the n images where it exists, then
+    `empty_counts`."""
     import pandas as pd
 
     scores = table.drop(columns=list(_NOT_SCORES))
@@ -471,7 +494,8 @@ def match_stems(maps: Iterable[str], truths: Iterable[str], allow_missing: bool 
 
 
 def resize_map(probability: ArrayLike, shape: tuple[int, int]) -> NDArray[np.float64]:
-    """A map (h, w) in [0, 1] at `shape` (H, W), rounded to k/255; unchanged if it has that shape already.
+    """A map (h, w) in [0, 1] at `shape` (H, W), rounded to k/255; unchanged if it has that shape
+    already.
 
     Bilinear with half-pixel centres, antialiased when shrinking, as Pillow and MATLAB do."""
     from PIL import Image
@@ -485,7 +509,8 @@ def resize_map(probability: ArrayLike, shape: tuple[int, int]) -> NDArray[np.flo
 
 # %% ../../nbs/2_method/05_metrics.ipynb #cell-054
 class Evaluation(NamedTuple):
-    """`summary` (columns metric, value), `per_image` (one row per image), and the stems without a partner."""
+    """`summary` (columns metric, value), `per_image` (one row per image), and the stems without a
+    partner."""
 
     summary: "pd.DataFrame"
     per_image: "pd.DataFrame"
@@ -517,7 +542,8 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
 
 def _write_evaluation(result: Evaluation, folder: Path) -> None:
-    """summary.csv and per_image.csv in `folder`, which is made if need be; each is whole or not there.
+    """summary.csv and per_image.csv in `folder`, which is made if need be; each is whole or not
+    there.
 
     A name that a spreadsheet would run as a formula gets ' in front."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -531,7 +557,8 @@ def evaluate_folder(pred_dir: str | Path, truth_dir: str | Path, out_dir: str | 
                     allow_missing: bool = False) -> Evaluation:
     """Scores a folder of maps against a folder of masks, paired by stem, maps resized to the truth.
 
-    Writes summary.csv (metric, value) and per_image.csv to `out_dir` if given. Unpaired: `match_stems`."""
+    Writes summary.csv (metric, value) and per_image.csv to `out_dir` if given. Unpaired:
+    `match_stems`."""
     map_files, truth_files = pictures_by_stem(pred_dir), pictures_by_stem(truth_dir)
     stems, without_truth, without_map = match_stems(map_files, truth_files, allow_missing)
     truths = [read_mask(truth_files[stem]) for stem in stems]

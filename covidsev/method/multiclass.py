@@ -43,7 +43,8 @@ def check_labels(labels: Tensor) -> Tensor:
 
 
 def one_hot(labels: Tensor) -> Tensor:
-    """Integer labels `(B, 1, H, W)` in {0, 1, 2} to float planes `(B, 3, H, W)`, one of them 1 at each pixel."""
+    """Integer labels `(B, 1, H, W)` in {0, 1, 2} to float planes `(B, 3, H, W)`, one of them 1 at
+    each pixel."""
     if labels.ndim != 4 or labels.shape[1] != 1 or labels.is_floating_point():
         raise GeometryError("labels have another form", found=f"{labels.dtype} {tuple(labels.shape)}",
                             expected="integer (B, 1, H, W)")
@@ -51,8 +52,9 @@ def one_hot(labels: Tensor) -> Tensor:
 
 # %% ../../nbs/2_method/08_multiclass.ipynb #cell-014
 def multiclass_loss(logits: Tensor, labels: Tensor, focal_gamma: float = 0.0) -> Tensor:
-    """The scalar to differentiate, in float32: mean over planes and pixels of the (focal) cross-entropy of logits
-    `(B, 3, H, W)` against labels `(B, 1, H, W)`. GeometryError for unequal sizes."""
+    """The scalar to differentiate, in float32: mean over planes and pixels of the (focal)
+    cross-entropy of logits `(B, 3, H, W)` against labels `(B, 1, H, W)`. GeometryError for unequal
+    sizes."""
     truth, logits = one_hot(labels), logits.float()
     if truth.shape != logits.shape:
         raise GeometryError("logits and labels differ in size", expected="(B, 3, H, W) and (B, 1, H, W)",
@@ -63,7 +65,8 @@ def multiclass_loss(logits: Tensor, labels: Tensor, focal_gamma: float = 0.0) ->
 
 # %% ../../nbs/2_method/08_multiclass.ipynb #cell-020
 def class_table(labels: Sequence[ArrayLike]) -> "pd.DataFrame":
-    """One row a class: class, pixels, share of all pixels, slices that show it, a note where none does.
+    """One row a class: class, pixels, share of all pixels, slices that show it, a note where none
+    does.
 
     labels: integer arrays in {0, 1, 2}, each of its own size; MaskError otherwise, ConfigError for
     no slice."""
@@ -80,7 +83,8 @@ def class_table(labels: Sequence[ArrayLike]) -> "pd.DataFrame":
 
 # %% ../../nbs/2_method/08_multiclass.ipynb #cell-023
 def prior_tensor(maps: Sequence[ArrayLike], size: int) -> Tensor:
-    """Maps (H, W) in [0, 1], each of its own size, as float32 `(N, 1, size, size)`: bilinear, antialiased.
+    """Maps (H, W) in [0, 1], each of its own size, as float32 `(N, 1, size, size)`: bilinear,
+    antialiased.
 
     IntensityError for values outside [0, 1] or NaN; ConfigError for no map."""
     if not len(maps):
@@ -91,7 +95,8 @@ def prior_tensor(maps: Sequence[ArrayLike], size: int) -> Tensor:
 
 # %% ../../nbs/2_method/08_multiclass.ipynb #cell-028
 def classes_of(logits: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-    """Class of each pixel, uint8 `(B, 1, H, W)`, of logits `(B, 3, h, w)`: resized to `shape`, then argmax.
+    """Class of each pixel, uint8 `(B, 1, H, W)`, of logits `(B, 3, h, w)`: resized to `shape`, then
+    argmax.
 
     Equal logits: the lower class, so that a network that says nothing says background."""
     logits = logits if shape is None else resize_map(logits.float(), shape)
@@ -102,8 +107,8 @@ def class_dice(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike],
                ids: Sequence[str] | None = None) -> "pd.DataFrame":
     """One row for each slice and class: id, class, dice, n_truth and n_pred in pixels.
 
-    Pairs of integer arrays (H, W) in {0, 1, 2}; dice is NaN where truth and prediction are empty. MaskError
-    for other values, GeometryError for unequal sizes, ConfigError for unequal numbers."""
+    Pairs of integer arrays (H, W) in {0, 1, 2}; dice is NaN where truth and prediction are empty.
+    MaskError for other values, GeometryError for unequal sizes, ConfigError for unequal numbers."""
     import pandas as pd
 
     pairs, rows = check_pairs(predictions, truths), []

@@ -40,7 +40,8 @@ def _no_interval(values: NDArray[np.float64]) -> Interval:
 
 
 def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
-    """Student's interval of the mean of `values` (n,), one a seed; no interval for fewer than two."""
+    """Student's interval of the mean of `values` (n,), one a seed; no interval for fewer than
+    two."""
     values = _numbers(values)
     if values.size < 2:
         return _no_interval(values)
@@ -48,7 +49,8 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
 
 
 def prediction_interval(values: ArrayLike, level: float = 0.95) -> Interval:
-    """Where one more value, of a new seed, will lie; no interval for fewer than two `values` (n,)."""
+    """Where one more value, of a new seed, will lie; no interval for fewer than two `values`
+    (n,)."""
     mean, low, high = mean_interval(values, level)
     stretch = np.sqrt(np.size(values) + 1)
     return Interval(mean, mean + stretch * (low - mean), mean + stretch * (high - mean))
@@ -64,7 +66,8 @@ class Difference(NamedTuple):
 
 
 def welch(one: ArrayLike, other: ArrayLike, level: float = 0.95) -> Difference:
-    """Mean of `one` (m,) minus mean of `other` (n,), two independent sets of seeds, by Welch (1947).
+    """Mean of `one` (m,) minus mean of `other` (n,), two independent sets of seeds, by Welch
+    (1947).
 
     No interval where a set has fewer than two, or where nothing varies in either."""
     one, other = _numbers(one), _numbers(other)
@@ -76,7 +79,8 @@ def welch(one: ArrayLike, other: ArrayLike, level: float = 0.95) -> Difference:
 
 # %% ../../nbs/2_method/11_statistics.ipynb #cell-012
 def _totals(table: NDArray[np.float64], scan: NDArray[np.intp]) -> tuple[NDArray, NDArray]:
-    """Sums and numbers of values, each (seeds, scans), of a table (seeds, slices); NaN is no value."""
+    """Sums and numbers of values, each (seeds, scans), of a table (seeds, slices); NaN is no
+    value."""
     member = np.eye(scan.max() + 1)[scan]
     return np.nan_to_num(table) @ member, (~np.isnan(table)).astype(float) @ member
 
@@ -93,9 +97,10 @@ def crossed_bootstrap(one: ArrayLike, other: ArrayLike | None = None, groups: Se
                       draws: int = 10_000, seed: int = 0, level: float = 0.95) -> Interval:
     """Mean of `one` (seeds, slices), or that minus the mean of `other` (seeds, the same slices).
 
-    Percentile interval over seeds and scans drawn with replacement; `groups` names the scan of each slice
-    (None: each its own). One row (slices,) has no seeds to draw. NaN is left out. No interval with fewer
-    than two scans, or two seeds in a table with seeds. `ConfigError` if the tables do not fit."""
+    Percentile interval over seeds and scans drawn with replacement; `groups` names the scan of each
+    slice (None: each its own). One row (slices,) has no seeds to draw. NaN is left out. No interval
+    with fewer than two scans, or two seeds in a table with seeds. `ConfigError` if the tables do
+    not fit."""
     tables = [np.atleast_2d(np.asarray(table, float)) for table in (one, other) if table is not None]
     names = list(range(tables[0].shape[1])) if groups is None else [str(name) for name in groups]
     if {table.shape[1] for table in tables} != {len(names)}:
@@ -119,8 +124,9 @@ DIRECTIONS = ("higher", "lower", "same")
 def verdict(low: float, high: float, direction: str = "higher", margin: float = 0.0) -> str:
     """What the interval of a difference says of a statement about it: one of `OUTCOMES`.
 
-    direction: "higher", "lower", or "same"; margin: what may be lost all the same (non-inferiority), or how
-    much differs at most ("same"). An interval with NaN: not tested. `ConfigError` for a wrong margin."""
+    direction: "higher", "lower", or "same"; margin: what may be lost all the same
+    (non-inferiority), or how much differs at most ("same"). An interval with NaN: not tested.
+    `ConfigError` for a wrong margin."""
     check_choice("direction", direction, DIRECTIONS)
     if not margin >= 0 or (direction == "same" and margin == 0):
         raise ConfigError("a margin is stated before, and is not negative", found=margin,
@@ -137,7 +143,8 @@ MIN_PER_CLASS = 5
 
 
 class Estimate(NamedTuple):
-    """A value with its 95 % interval and the number of patients; None with a `reason` where there is none."""
+    """A value with its 95 % interval and the number of patients; None with a `reason` where there
+    is none."""
 
     value: float | None
     low: float | None
@@ -171,7 +178,8 @@ def pairs(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.float64], NDA
 # %% ../../nbs/2_method/11_statistics.ipynb #cell-026
 @dataclass(frozen=True)
 class BlandAltman:
-    """Bias and limits of agreement, each with its interval, and the slope of difference over mean with its p.
+    """Bias and limits of agreement, each with its interval, and the slope of difference over mean
+    with its p.
 
     All None with a `reason` where they cannot be had; slope and p alone where nothing varies."""
 
@@ -195,7 +203,8 @@ class BlandAltman:
 
 
 def bland_altman(measured: ArrayLike, reference: ArrayLike, level: float = 0.95) -> BlandAltman:
-    """Differences `measured` - `reference` of two scores of the same patients (Bland and Altman 1999).
+    """Differences `measured` - `reference` of two scores of the same patients (Bland and Altman
+    1999).
 
     The limits hold 95 % of the differences; `level` is that of the intervals."""
     measured, reference = pairs(measured, reference)
@@ -238,9 +247,11 @@ def _icc_interval(icc: float, squares: tuple[float, float, float], n: int, k: in
 
 
 def icc(ratings: ArrayLike, level: float = 0.95) -> Estimate:
-    """ICC(2,1), absolute agreement, of `ratings` (patients, readers): two-way random, single rating.
+    """ICC(2,1), absolute agreement, of `ratings` (patients, readers): two-way random, single
+    rating.
 
-    Rows with a gap are left out. None for fewer than five patients, or where all ratings are one number."""
+    Rows with a gap are left out. None for fewer than five patients, or where all ratings are one
+    number."""
     table = np.asarray(ratings, float)
     if table.ndim != 2 or table.shape[1] < 2:
         raise ConfigError("ICC needs a table of patients and readers", found=f"shape {table.shape}",
@@ -274,9 +285,9 @@ def bootstrap(statistic: Callable[..., float | None], *columns: ArrayLike, group
               reason: str = "cannot be computed from these patients") -> Estimate:
     """Percentile interval of `statistic(*columns)` over patients drawn with replacement.
 
-    columns: arrays (n,) that are drawn together; `groups` names the patient of each row. A draw for which
-    the statistic is None is drawn again; after 10 times `draws` of those there is no interval, nor where every
-    draw gives one number: that is no certainty."""
+    columns: arrays (n,) that are drawn together; `groups` names the patient of each row. A draw for
+    which the statistic is None is drawn again; after 10 times `draws` of those there is no
+    interval, nor where every draw gives one number: that is no certainty."""
     columns, rng = [np.asarray(column) for column in columns], np.random.default_rng(seed)
     patients, values, redrawn = _members(groups, len(columns[0])), [], 0
     value = statistic(*columns)
@@ -312,7 +323,8 @@ def confusion_table(measured: Sequence, reference: Sequence, classes: Sequence) 
 
 
 def kappa_of(table: ArrayLike) -> float | None:
-    """Quadratic-weighted kappa of a square table of counts; None where chance alone agrees fully."""
+    """Quadratic-weighted kappa of a square table of counts; None where chance alone agrees
+    fully."""
     table = np.asarray(table, float)
     place = np.arange(len(table))
     weight = (place[:, None] - place) ** 2
@@ -322,9 +334,11 @@ def kappa_of(table: ArrayLike) -> float | None:
 
 def weighted_kappa(measured: Sequence, reference: Sequence, classes: Sequence, draws: int = 2000,
                    seed: int = 0, groups: Sequence | None = None) -> Estimate:
-    """Quadratic-weighted kappa of two lists of ordered classes, with a bootstrap interval over patients.
+    """Quadratic-weighted kappa of two lists of ordered classes, with a bootstrap interval over
+    patients.
 
-    groups: the patient of each row; none of fewer than five patients, however many rows they have."""
+    groups: the patient of each row; none of fewer than five patients, however many rows they
+    have."""
     known = {name: k for k, name in enumerate(classes)}
     n = int(confusion_table(measured, reference, classes).sum())
     n = n if groups is None else len(set(groups))
@@ -368,7 +382,8 @@ def auc_value(scores: NDArray, labels: NDArray) -> float | None:
 
 
 def _placements(scores: NDArray, truth: NDArray[np.bool_]) -> tuple[NDArray, NDArray]:
-    """For each positive the share of negatives below, and for each negative the share of positives above."""
+    """For each positive the share of negatives below, and for each negative the share of positives
+    above."""
     ranks, high, low = stats.rankdata(scores), scores[truth], scores[~truth]
     return ((ranks[truth] - stats.rankdata(high)) / low.size,
             1 - (ranks[~truth] - stats.rankdata(low)) / high.size)
@@ -377,8 +392,8 @@ def _placements(scores: NDArray, truth: NDArray[np.bool_]) -> tuple[NDArray, NDA
 def auc(scores: ArrayLike, labels: ArrayLike, level: float = 0.95) -> Estimate:
     """Area under the ROC curve with DeLong's interval, cut to [0, 1]; higher scores mean severe.
 
-    None for one class, a constant score, or fewer than five patients in a class. No interval where the
-    classes are told apart without error: the variance would be 0."""
+    None for one class, a constant score, or fewer than five patients in a class. No interval where
+    the classes are told apart without error: the variance would be 0."""
     scores, truth, reason = check_classes(scores, labels)
     if reason:
         return _nothing(scores.size, reason)
@@ -392,7 +407,8 @@ def auc(scores: ArrayLike, labels: ArrayLike, level: float = 0.95) -> Estimate:
 
 
 class PairedAuc(NamedTuple):
-    """AUC of `first` minus that of `second` on the same patients, its interval, and DeLong's two-sided p."""
+    """AUC of `first` minus that of `second` on the same patients, its interval, and DeLong's
+    two-sided p."""
 
     difference: float | None
     low: float | None
@@ -403,7 +419,8 @@ class PairedAuc(NamedTuple):
 
 
 def compare_auc(first: ArrayLike, second: ArrayLike, labels: ArrayLike, level: float = 0.95) -> PairedAuc:
-    """The difference of two AUC on the same patients (DeLong 1988); patients with a gap are left out."""
+    """The difference of two AUC on the same patients (DeLong 1988); patients with a gap are left
+    out."""
     table = np.column_stack([_numbers(column) for column in (first, second, labels)])
     table = table[~np.isnan(table).any(axis=1)]
     placements = []
@@ -423,7 +440,8 @@ def compare_auc(first: ArrayLike, second: ArrayLike, labels: ArrayLike, level: f
 
 # %% ../../nbs/2_method/11_statistics.ipynb #cell-042
 def roc_points(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray, NDArray]:
-    """False positive rate, sensitivity and cut of every step of the curve: score >= cut is called severe.
+    """False positive rate, sensitivity and cut of every step of the curve: score >= cut is called
+    severe.
 
     The first cut is inf. Empty arrays where `check_classes` has a reason."""
     scores, truth, reason = check_classes(scores, labels)
@@ -450,8 +468,8 @@ def wilson(k: int, n: int, level: float = 0.95) -> Estimate:
 def at_cut(scores: ArrayLike, labels: ArrayLike, cut: float = CUT) -> dict[str, Estimate]:
     """Sensitivity, specificity, PPV and NPV of "score > cut", each with Wilson's interval.
 
-    All None with the reason for one class or fewer than five patients in one; PPV alone where nobody is
-    called severe, NPV where everybody is."""
+    All None with the reason for one class or fewer than five patients in one; PPV alone where
+    nobody is called severe, NPV where everybody is."""
     scores, truth, reason = check_classes(scores, labels, constant=True)
     names = ("sensitivity", "specificity", "ppv", "npv")
     if reason:
@@ -463,7 +481,8 @@ def at_cut(scores: ArrayLike, labels: ArrayLike, cut: float = CUT) -> dict[str, 
 
 # %% ../../nbs/2_method/11_statistics.ipynb #cell-048
 def correlation(first: ArrayLike, second: ArrayLike, kind: str = "spearman", level: float = 0.95) -> Estimate:
-    """Spearman's or Pearson's correlation of two scores of the same patients, with Fisher's interval."""
+    """Spearman's or Pearson's correlation of two scores of the same patients, with Fisher's
+    interval."""
     check_choice("kind of correlation", kind, ("spearman", "pearson"))
     first, second = pairs(first, second)
     if reason := too_few(first.size):
@@ -485,8 +504,8 @@ def _row(metric: str, each: Estimate) -> dict[str, Any]:
 
 
 def agreement_rows(measured: ArrayLike, reference: ArrayLike) -> list[dict[str, Any]]:
-    """Bias, limits of agreement, slope, mean absolute error, ICC(2,1), Pearson and Spearman of two scores, as
-    rows {metric, value, low, high, n, reason}."""
+    """Bias, limits of agreement, slope, mean absolute error, ICC(2,1), Pearson and Spearman of two
+    scores, as rows {metric, value, low, high, n, reason}."""
     ours, theirs = pairs(measured, reference)
     plot = bland_altman(ours, theirs)
     names = {"bias": "bias", "lower limit": "lower", "upper limit": "upper"}

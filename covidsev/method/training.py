@@ -53,8 +53,8 @@ class TrainConfig:
 
     images_per_epoch: slices drawn in an epoch, each as often as the others; 0 is each once. scales:
     each batch is trained at each of these sizes, one step each. clip_norm: longest gradient. ema:
-    decay of the running mean of the weights. lookahead: steps between two moves of the slow weights.
-    focal_gamma: exponent of the focal entropy. 0 is off. precision: of the network, see
+    decay of the running mean of the weights. lookahead: steps between two moves of the slow
+    weights. focal_gamma: exponent of the focal entropy. 0 is off. precision: of the network, see
     `resolve_precision`. `ConfigError` for a value that cannot work."""
 
     epochs: int = 60
@@ -130,7 +130,8 @@ class Batch(NamedTuple):
 
 
 def scaled(batch: Batch, scale: float) -> Batch:
-    """The batch at `scale` times its size, rounded to a multiple of 32; the very batch at scale 1."""
+    """The batch at `scale` times its size, rounded to a multiple of 32; the very batch at scale
+    1."""
     if scale == 1:
         return batch
     size = tuple(max(1, round(side * scale / _MULTIPLE)) * _MULTIPLE for side in batch.images.shape[-2:])
@@ -231,7 +232,8 @@ class WeightAverage:
 
 
 class Lookahead:
-    """Slow weights that move half of the way to those of a network every `steps` optimiser steps."""
+    """Slow weights that move half of the way to those of a network every `steps` optimiser
+    steps."""
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         self.slow = [weight.detach().clone() for weight in model.parameters()]
@@ -239,7 +241,8 @@ class Lookahead:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Counts one step; on every `steps`-th moves the slow weights and sets the network to them."""
+        """Counts one step; on every `steps`-th moves the slow weights and sets the network to
+        them."""
         self.count += 1
         if self.count % self.steps == 0:
             fast = list(model.parameters())
@@ -553,7 +556,8 @@ class Supervised:
         return Batch(*augment(batch.images, batch.labels, spec, self.generator, batch.prior))
 
     def _learn(self, batch: Batch) -> list[float]:
-        """One step at each scale on this process's share; the mean loss parts of the whole batch."""
+        """One step at each scale on this process's share; the mean loss parts of the whole
+        batch."""
         mine, rows = _share(batch), []
         part = len(mine.images) / len(batch.images)  # gradients are averaged over the processes
         for scale in self.config.scales:

@@ -23,7 +23,8 @@ __all__ = ['UNET_STAGES', 'SEGNET_STAGES', 'FORMS', 'MODELS', 'DoubleConv', 'con
 
 # %% ../../nbs/2_method/04_unets.ipynb #cell-006
 class DoubleConv(nn.Sequential):
-    """Twice: 3x3 convolution, batch normalisation, ReLU; `middle` channels between (None: `outputs`)."""
+    """Twice: 3x3 convolution, batch normalisation, ReLU; `middle` channels between (None:
+    `outputs`)."""
 
     def __init__(self, inputs: int, outputs: int, middle: int | None = None, *, bias: bool = False):
         layers: list[nn.Module] = []
@@ -54,16 +55,17 @@ class UpStep(nn.Module):
 class UShape(nn.Module):
     """Base of the networks here: `stem`, `down` and `up` stages, and `head`, an `nn.Conv2d`.
 
-    Grey slices `(B, 1, H, W)` in [0, 1] to `SideOutputs` with only `s_3`, logits at the same size. A subclass
-    sets the four and `multiple`, which the sides must be multiples of, else GeometryError; after the stages in
-    `inject` the raw input is laid beside the features.
+    Grey slices `(B, 1, H, W)` in [0, 1] to `SideOutputs` with only `s_3`, logits at the same size.
+    A subclass sets the four and `multiple`, which the sides must be multiples of, else
+    GeometryError; after the stages in `inject` the raw input is laid beside the features.
     """
 
     multiple: int
     inject: tuple[int, ...] = ()
 
     def climb(self, raw: Tensor) -> Tensor:
-        """Down all stages and up again: `(B, C, H', W')`, where H' is H, or H / 2 behind a stem of stride 2."""
+        """Down all stages and up again: `(B, C, H', W')`, where H' is H, or H / 2 behind a stem of
+        stride 2."""
         skips, x = [], self.stem(raw)
         for number, stage in enumerate(self.down):
             x = stage(x)
@@ -95,11 +97,13 @@ def _stage(inputs: int, outputs: int, *, small: bool, first: bool, bias: bool = 
 
 
 class UNet(UShape):
-    """U-Net: grey slices `(B, 1, H, W)` in [0, 1] to `SideOutputs` with only `s_3`, logits at the same size.
+    """U-Net: grey slices `(B, 1, H, W)` in [0, 1] to `SideOutputs` with only `s_3`, logits at the
+    same size.
 
-    kind: "classic" (Ronneberger et al. 2015 with batch normalisation and zero padding; sides multiples of 16)
-    or "small" (stem of stride 2, residual stages, bilinear decoder, for a CPU; sides multiples of 32). width
-    multiplies every stage. Raises GeometryError for other input, ConfigError for an unknown kind.
+    kind: "classic" (Ronneberger et al. 2015 with batch normalisation and zero padding; sides
+    multiples of 16) or "small" (stem of stride 2, residual stages, bilinear decoder, for a CPU;
+    sides multiples of 32). width multiplies every stage. Raises GeometryError for other input,
+    ConfigError for an unknown kind.
     """
 
     def __init__(self, kind: str = "classic", *, width: float = 1.0):
@@ -118,9 +122,11 @@ class UNet(UShape):
 
 # %% ../../nbs/2_method/04_unets.ipynb #cell-020
 class FeatureVariation(nn.Module):
-    """Contrast, position and identity branch, fused and added to the input; shape `(B, C, H, W)` kept.
+    """Contrast, position and identity branch, fused and added to the input; shape `(B, C, H, W)`
+    kept.
 
-    Yan et al. 2020, section on the FV block; two dimensions instead of three. Needs at least 2 channels.
+    Yan et al. 2020, section on the FV block; two dimensions instead of three. Needs at least 2
+    channels.
     """
 
     def __init__(self, channels: int):
@@ -132,7 +138,8 @@ class FeatureVariation(nn.Module):
                                       nn.Conv2d(channels, channels, 3, padding=1), nn.Sigmoid())
 
     def gates(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The gates in (0, 1) for entered features: contrast `(B, C, 1, 1)`, position `(B, C, H, W)`."""
+        """The gates in (0, 1) for entered features: contrast `(B, C, 1, 1)`, position `(B, C, H,
+        W)`."""
         return self.contrast(u.mean(dim=(2, 3), keepdim=True)), self.position(u)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,11 +180,13 @@ SEGNET_STAGES = {"full": (64, 128, 256, 512), "small": (16, 32, 64, 128)}
 
 
 class SegNet(UShape):
-    """COVID-SegNet in two dimensions: grey slices `(B, 1, H, W)` in [0, 1] to `SideOutputs` with only `s_3`.
+    """COVID-SegNet in two dimensions: grey slices `(B, 1, H, W)` in [0, 1] to `SideOutputs` with
+    only `s_3`.
 
-    kind: "full" (64 to 512 channels; sides multiples of 8) or "small" (stem of stride 2, a quarter of the
-    channels; sides multiples of 16). width multiplies every stage; the last must stay a multiple of 4. Raises
-    GeometryError for other input, ConfigError for an unknown kind. Yan et al. 2020.
+    kind: "full" (64 to 512 channels; sides multiples of 8) or "small" (stem of stride 2, a quarter
+    of the channels; sides multiples of 16). width multiplies every stage; the last must stay a
+    multiple of 4. Raises GeometryError for other input, ConfigError for an unknown kind. Yan et al.
+    2020.
     """
 
     def __init__(self, kind: str = "full", *, width: float = 1.0):
@@ -200,10 +209,11 @@ class SegNet(UShape):
 
 # %% ../../nbs/2_method/04_unets.ipynb #cell-034
 class Form(NamedTuple):
-    """Shape of a multi-class U-Net: channels on the way down (fine to coarse) and up, channels of the prior.
+    """Shape of a multi-class U-Net: channels on the way down (fine to coarse) and up, channels of
+    the prior.
 
-    inject: stages after which the raw input is laid beside the features. small: stem of stride 2 and residual
-    stages. multiple: what the sides of a slice must be a multiple of."""
+    inject: stages after which the raw input is laid beside the features. small: stem of stride 2
+    and residual stages. multiple: what the sides of a slice must be a multiple of."""
 
     down: tuple[int, ...] = (64, 128, 256, 512, 512)
     up: tuple[int, ...] = (256, 128, 64, 64)
@@ -218,18 +228,20 @@ FORMS = {"published": Form(), "improved": Form(inject=(2, 4)),
 
 
 class MultiClassOutputs(NamedTuple):
-    """What the network gives: logits `(B, 3, H, W)` at the input's size; background, GGO, consolidation."""
+    """What the network gives: logits `(B, 3, H, W)` at the input's size; background, GGO,
+    consolidation."""
 
     logits: Tensor
 
 
 class MultiClassUNet(UShape):
-    """CT and prior, both float `(B, 1, H, W)` in [0, 1], to `MultiClassOutputs` with logits `(B, 3, H, W)`.
+    """CT and prior, both float `(B, 1, H, W)` in [0, 1], to `MultiClassOutputs` with logits `(B, 3,
+    H, W)`.
 
-    kind: "published" (the U-Net of Inf-Net's code; 17,269,251 parameters), "improved" (raw input again at 1/4
-    and 1/16; 17,390,553) or "small" (for a CPU; sides multiples of 32 instead of 16). The caller seeds.
-    Raises GeometryError for a slice or a prior of another shape, ConfigError for an unknown kind.
-    Source: paper IV.A and figure 2; Fan et al. 2020."""
+    kind: "published" (the U-Net of Inf-Net's code; 17,269,251 parameters), "improved" (raw input
+    again at 1/4 and 1/16; 17,390,553) or "small" (for a CPU; sides multiples of 32 instead of 16).
+    The caller seeds. Raises GeometryError for a slice or a prior of another shape, ConfigError for
+    an unknown kind. Source: paper IV.A and figure 2; Fan et al. 2020."""
 
     def __init__(self, kind: str = "published"):
         super().__init__()
@@ -279,8 +291,8 @@ def build_network(model: str, backbone: str = "small", init: str = "scratch",
                   weights_path: str | Path | None = None) -> nn.Module:
     """The network of an experiment row: "infnet" with a backbone, "unet" or "segnet".
 
-    The comparators are of the small kind beside the small backbone, and classic or full beside the others.
-    Raises ConfigError for an unknown name and for a comparator with pretrained weights.
+    The comparators are of the small kind beside the small backbone, and classic or full beside the
+    others. Raises ConfigError for an unknown name and for a comparator with pretrained weights.
     """
     if check_choice("model", model, MODELS) == "infnet":
         return InfNet(backbone, init=init, weights_path=weights_path)

@@ -122,8 +122,8 @@ def assert_no_leak(splits: Splits) -> list[str]:
 
 
 def data_card(splits: Splits) -> pd.DataFrame:
-    """One line per split: kind, slices, scans, infected share, empty masks, slices that share a scan
-    with training, content hash."""
+    """One line per split: kind, slices, scans, infected share, empty masks, slices that share a
+    scan with training, content hash."""
     rows = []
     for name, part in (("train", splits.train), ("test", splits.test)):
         shares = [part.infection(k).mean() for k in range(len(part))]
@@ -217,8 +217,8 @@ def start_from(network: nn.Module, path: str | Path) -> TransferReport:
 
 # %% ../../nbs/4_paper/01_runs.ipynb #cell-023
 class TrainedRun(NamedTuple):
-    """Settings, slices, the trained network, what `fit` reported, what was taken over, priors of the
-    test slices (for three classes)."""
+    """Settings, slices, the trained network, what `fit` reported, what was taken over, priors of
+    the test slices (for three classes)."""
 
     settings: dict[str, Any]
     splits: Splits
@@ -229,7 +229,8 @@ class TrainedRun(NamedTuple):
 
 
 def folder_of(settings: Mapping[str, Any], place: str) -> Path:
-    """The folder that a run was given for `place`, or one below checkpoints/scratch (not tracked)."""
+    """The folder that a run was given for `place`, or one below checkpoints/scratch (not
+    tracked)."""
     scratch = f"{settings.get('row') or 'run'}-seed{settings.get('seed', 0)}"
     given = settings.get(place)
     folder = Path(given) if given else repo_root() / "checkpoints" / "scratch" / scratch / place
@@ -270,7 +271,8 @@ def run_tensors(settings: Mapping[str, Any], slices: SliceSet,
 
 def fit_slices(settings: Mapping[str, Any], slices: SliceSet, priors: list[np.ndarray] | None = None,
                part: str = "") -> tuple[FitResult, TransferReport | None]:
-    """A network of these settings, trained on `slices`, with its checkpoints in the folder `part`."""
+    """A network of these settings, trained on `slices`, with its checkpoints in the folder
+    `part`."""
     model, report = build_started(settings)
     result = fit(model, run_tensors(settings, slices, priors), config_of(TrainConfig, settings),
                  folder_of(settings, "checkpoints") / part, ids=slices.ids,
@@ -330,7 +332,8 @@ def probabilities(logits: list[np.ndarray], temperature: float = 1.0) -> list[np
 def out_of_fold(settings: Mapping[str, Any], slices: SliceSet, n_folds: int) -> OutOfFold:
     """Trains `n_folds` networks of these settings, each on the other folds' slices, and predicts.
 
-    LeakageError where a scan or an image stands on both sides; ConfigError for more folds than scans."""
+    LeakageError where a scan or an image stands on both sides; ConfigError for more folds than
+    scans."""
     folds = group_folds(slices, n_folds)
     logits, fits = [None] * len(slices), {}
     for fold in range(n_folds):
@@ -378,7 +381,8 @@ def to_8bit(probability: np.ndarray) -> np.ndarray:
 
 
 def map_metrics(maps: list[np.ndarray], slices: SliceSet, **more: float) -> pd.DataFrame:
-    """Scores of maps in [0, 1] as (metric, value, n): per image at 0.5, pooled, toolbox, and `more`."""
+    """Scores of maps in [0, 1] as (metric, value, n): per image at 0.5, pooled, toolbox, and
+    `more`."""
     truths = [slices.infection(k) for k in range(len(slices))]
     more = {"pooled_dice": pooled_dice(maps, truths),
             **toolbox([to_8bit(each) / 255 for each in maps], truths), **more}
@@ -542,8 +546,8 @@ def evaluate_multiclass(run: TrainedRun) -> Scores:
 
 # %% ../../nbs/4_paper/01_runs.ipynb #cell-043
 def save_run(trained: TrainedRun, scores: Scores, **facts: Any) -> Path:
-    """Writes metrics.csv, per_image.csv, history.csv, run.json and, in local/, the maps; returns the
-    folder."""
+    """Writes metrics.csv, per_image.csv, history.csv, run.json and, in local/, the maps; returns
+    the folder."""
     folder, settings, report = folder_of(trained.settings, "output"), trained.settings, trained.fit
     for name, table in (("metrics", scores.metrics), ("per_image", scores.per_image),
                         ("history", report.history)):
@@ -561,8 +565,8 @@ def save_run(trained: TrainedRun, scores: Scores, **facts: Any) -> Path:
 
 
 def _save_maps(path: Path, trained: TrainedRun, scores: Scores) -> None:
-    """Writes slices, truths and maps (and 8-bit priors) of the test slices to one file, for pictures
-    on this machine."""
+    """Writes slices, truths and maps (and 8-bit priors) of the test slices to one file, for
+    pictures on this machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     test, three = trained.splits.test, trained.priors is not None
     columns = {"image": test.images, "map": scores.maps,
@@ -574,8 +578,8 @@ def _save_maps(path: Path, trained: TrainedRun, scores: Scores) -> None:
 
 
 def train_run(settings: Mapping[str, Any]) -> Scores | None:
-    """A whole run of `train_single`, from settings to files, without a notebook; under `torchrun` by
-    all processes together, of which the first writes and returns the scores."""
+    """A whole run of `train_single`, from settings to files, without a notebook; under `torchrun`
+    by all processes together, of which the first writes and returns the scores."""
     with joined(settings["device"]) as device:
         splits = load_run_data(settings)
         assert_no_leak(splits)

@@ -44,8 +44,8 @@ PHANTOM_POOL = 48  # slices that stand in for the pool where no number is asked 
 
 
 class Pool(NamedTuple):
-    """Unlabelled slices: `images`, uint8 (N,1,S,S); `labels`, 0 or 1, of the same shape, or None where
-    none were released; their ids; the pool as it is stored (None: a phantom)."""
+    """Unlabelled slices: `images`, uint8 (N,1,S,S); `labels`, 0 or 1, of the same shape, or None
+    where none were released; their ids; the pool as it is stored (None: a phantom)."""
 
     images: Tensor
     labels: Tensor | None
@@ -73,8 +73,8 @@ def image_hashes(images: Tensor) -> list[str]:
 
 
 def check_unseen(images: Tensor, ids: list[str], **held_out: SliceSet) -> None:
-    """`LeakageError` if an image, at the size of the network, or its id is one of a set that is held
-    out."""
+    """`LeakageError` if an image, at the size of the network, or its id is one of a set that is
+    held out."""
     size, seen = images.shape[-1], dict(zip(image_hashes(images), ids, strict=True))
     leaks = []
     for name, part in held_out.items():
@@ -100,7 +100,8 @@ IMAGES = ("labelled", "unlabelled")
 
 class PretextImages(NamedTuple):
     """`tensor` uint8 (N, C, S, S), channel 0 the slice and 1 the prior; ids; `watched`, some of the
-    labelled ones; how many are labelled; the pool as stored, if it was read; the training slices."""
+    labelled ones; how many are labelled; the pool as stored, if it was read; the training
+    slices."""
 
     tensor: Tensor
     ids: list[str]
@@ -189,8 +190,8 @@ class PretextRun(NamedTuple):
 
 
 def pretrain_network(settings: Mapping[str, Any], images: PretextImages) -> PretextRun:
-    """Builds, plays, hands the weights over, and writes start.pt; a finished or interrupted run of the
-    same settings goes on from its checkpoint."""
+    """Builds, plays, hands the weights over, and writes start.pt; a finished or interrupted run of
+    the same settings goes on from its checkpoint."""
     players, folder = build_players(settings), folder_of(settings, "checkpoints")
     game = start_game(settings, players, images)
     run_to_end(game, folder, game_identity(settings, game), save_every=settings.get("save_every", 5))
@@ -212,8 +213,8 @@ def turns_of(history: pd.DataFrame) -> pd.DataFrame:
 def pretext_metrics(run: PretextRun) -> pd.DataFrame:
     """What sums a run up: columns metric, value, n (slices watched, or epochs, or images).
 
-    `ratio_*`: error under the coach's masks over that under random ones, untrained, after its turns,
-    and last."""
+    `ratio_*`: error under the coach's masks over that under random ones, untrained, after its
+    turns, and last."""
     history, n = run.result.history, len(run.images.watched)
     learnt, last = history[history.phase != "coach"], history.iloc[-1]
     rows = {"images": (len(run.images.tensor), run.images.labelled), "network_steps": (run.steps, len(learnt)),
@@ -244,8 +245,8 @@ class SplitPriors(NamedTuple):
 
 
 class PriorRun(NamedTuple):
-    """What the first stage gives: slices, the fold of each training slice, priors, and the `FitResult`
-    of each network ("fold0", ..., "all")."""
+    """What the first stage gives: slices, the fold of each training slice, priors, and the
+    `FitResult` of each network ("fold0", ..., "all")."""
 
     splits: Splits
     folds: np.ndarray
@@ -254,8 +255,8 @@ class PriorRun(NamedTuple):
 
 
 def train_priors(settings: Mapping[str, Any], splits: Splits) -> PriorRun:
-    """Trains the `n_folds` + 1 networks of the first stage, or goes on with them, and predicts every
-    slice. Errors of `out_of_fold`."""
+    """Trains the `n_folds` + 1 networks of the first stage, or goes on with them, and predicts
+    every slice. Errors of `out_of_fold`."""
     crossed = out_of_fold(settings, splits.train, settings["n_folds"])
     whole, _ = fit_slices(settings, splits.train, part="all")
     logits = crossed.logits, run_logits(settings, whole.model, splits.test)
@@ -273,7 +274,8 @@ def _hash_of(image: np.ndarray) -> str:
 
 
 def save_priors(path: str | Path, run: PriorRun) -> None:
-    """Writes the priors as uint8 under "split/id", and "about": folds, scan groups, image hashes."""
+    """Writes the priors as uint8 under "split/id", and "about": folds, scan groups, image
+    hashes."""
     maps, images, train = {}, {}, run.splits.train
     for name, part in _parts(run.splits).items():
         for slice_id, image, values in zip(part.ids, part.images, getattr(run.priors, name), strict=True):
@@ -364,7 +366,8 @@ class Labelled(NamedTuple):
 
 
 def label_pool(settings: Mapping[str, Any], splits: Splits, pool: Pool) -> Labelled:
-    """The labels that `source` asks for; `DataMissingError` if they were to be released and are not."""
+    """The labels that `source` asks for; `DataMissingError` if they were to be released and are
+    not."""
     if check_choice("source", settings["source"], ("released", "loop")) == "released":
         if pool.labels is None:
             raise DataMissingError("no pseudo labels were released with this pool",

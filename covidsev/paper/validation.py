@@ -35,7 +35,8 @@ LUNG_SOURCES = ("lobe mask", "given lungs", "classical lungs", "classical lungs,
 
 
 class Truth(NamedTuple):
-    """A phantom patient in RAS+ order (X, Y, Z): HU, lungs (1 right, 2 left), lobes (1..5), infection."""
+    """A phantom patient in RAS+ order (X, Y, Z): HU, lungs (1 right, 2 left), lobes (1..5),
+    infection."""
 
     case_id: str
     extent: float
@@ -66,7 +67,8 @@ def reference(truth: Truth) -> SeverityResult:
 
 # %% ../../nbs/4_paper/10_validation.ipynb #cell-010
 class SliceCase(NamedTuple):
-    """A slice as displayed: its scan, its name, lungs (1 right, 2 left), infection, grey picture or None."""
+    """A slice as displayed: its scan, its name, lungs (1 right, 2 left), infection, grey picture or
+    None."""
 
     case: str
     name: str
@@ -83,7 +85,8 @@ def phantom_slices(n: int, size: int = 96, seed: int = 0) -> Iterator[SliceCase]
 
 
 def real_slices(root: str | Path | None, name: str, scans: Sequence[str] = ()) -> Iterator[SliceCase]:
-    """The slices of a data set of slices with lungs and infection; sides told by the shape of the lungs.
+    """The slices of a data set of slices with lungs and infection; sides told by the shape of the
+    lungs.
 
     scans: only these. `DataMissingError` with what to do where the data set is not there."""
     for sample in get_source(name).find(root):
@@ -96,8 +99,8 @@ def real_slices(root: str | Path | None, name: str, scans: Sequence[str] = ()) -
 
 def slices_of(dataset: str, root: str | Path | None, n: int, size: int,
               seed: int) -> tuple[Iterable[SliceCase], dict[str, float], dict[str, Any]]:
-    """Slices, known ratios (scan -> infection / lung) and data card: n phantom slices, or those of a data set;
-    none where it is not."""
+    """Slices, known ratios (scan -> infection / lung) and data card: n phantom slices, or those of
+    a data set; none where it is not."""
     import pandas as pd
 
     if dataset == "phantom":
@@ -112,7 +115,8 @@ def slices_of(dataset: str, root: str | Path | None, n: int, size: int,
 
 # %% ../../nbs/4_paper/10_validation.ipynb #cell-013
 def slice_scores(infection: NDArray[np.bool_], lungs: NDArray[np.uint8] | None) -> dict[str, Any]:
-    """Infected shares, slice extent score, sector scores and problems of one slice of unknown height."""
+    """Infected shares, slice extent score, sector scores and problems of one slice of unknown
+    height."""
     names = ("po", "po_right", "po_left", "slice_extent_score")
     nothing = dict.fromkeys([*names, *(f"sector {name}" for name in SECTORS)])
     if lungs is None:
@@ -127,7 +131,8 @@ def slice_scores(infection: NDArray[np.bool_], lungs: NDArray[np.uint8] | None) 
 
 
 def found_lungs(one: SliceCase, infection: NDArray[np.bool_]) -> LungMask | None:
-    """Lungs of a picture by the weight-free method, repaired with `infection`; None where it finds none."""
+    """Lungs of a picture by the weight-free method, repaired with `infection`; None where it finds
+    none."""
     try:
         return segment_lungs(one.image, unit="grey", infection=infection)
     except CovidSevError:
@@ -145,13 +150,15 @@ class Trained(NamedTuple):
 
 
 def bright_segment(cut: float = 120.0) -> Segment:
-    """What is brighter than `cut` (0..255, after a median of 5 x 5) in the lungs: for want of weights."""
+    """What is brighter than `cut` (0..255, after a median of 5 x 5) in the lungs: for want of
+    weights."""
     return lambda pictures, lungs: [(ndimage.median_filter(picture, 5) > cut) & (np.asarray(mask) > 0)
                                     for picture, mask in zip(pictures, lungs)]
 
 
 def check_independent(parameters: Mapping[str, Any]) -> None:
-    """`LeakageError` if a network has learned from the unlabelled pool, which is cut from the 20 cases.
+    """`LeakageError` if a network has learned from the unlabelled pool, which is cut from the 20
+    cases.
 
     parameters: those in the `run.json` of its training."""
     start = str(parameters.get("start") or "")
@@ -162,10 +169,11 @@ def check_independent(parameters: Mapping[str, Any]) -> None:
 
 def trained_segment(weights: str | Path | None, results: str | Path, run: str, *, batch_size: int = 8,
                     device: str = "cpu") -> Trained:
-    """The segmentation of a training run below `results`, at its size and threshold 0.5; brightness for None.
+    """The segmentation of a training run below `results`, at its size and threshold 0.5; brightness
+    for None.
 
-    weights: its file among the checkpoints. `LeakageError` where it has seen the 20 cases; `CheckpointError` for weights that do
-    not fit."""
+    weights: its file among the checkpoints. `LeakageError` where it has seen the 20 cases;
+    `CheckpointError` for weights that do not fit."""
     if weights is None:
         return Trained(bright_segment(), {"network": "none: brightness in the lungs"})
     from covidsev.method.inference import WINDOW, Segmenter, segment
@@ -203,7 +211,8 @@ def one_row(metric: str, found: Estimate, comparison: str, quantity: str) -> lis
 
 def save_study(output: str | Path, parameters: Mapping[str, Any], data: Mapping[str, Any],
                tables: Mapping[str, "pd.DataFrame"]) -> Path:
-    """Writes `tables` (name -> table) as CSV, and run.json (parameters, data, environment), to `output`."""
+    """Writes `tables` (name -> table) as CSV, and run.json (parameters, data, environment), to
+    `output`."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
@@ -224,7 +233,8 @@ def read_study(results: str | Path, name: str, table: str) -> "pd.DataFrame":
 
 
 def studies_there(results: str | Path, names: Sequence[str]) -> dict[tuple[str, int], Path]:
-    """(study, 0) -> folder of each run of the studies that was made; rows of a study count apart."""
+    """(study, 0) -> folder of each run of the studies that was made; rows of a study count
+    apart."""
     return {(record.parent.relative_to(results).as_posix(), 0): record.parent for name in names
             for record in sorted(Path(results).glob(f"{name}/**/run.json"))}
 
