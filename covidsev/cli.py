@@ -200,7 +200,7 @@ def info(as_json: bool) -> None:
     click.echo("packages   " + ", ".join(f"{name} {version}" for name,
                                          version in facts["packages"].items()))
     for name, title in facts["profiles"].items():
-        click.echo(f"profile    {name:<6} {title}")
+        click.echo(f"profile    {name:<9} {title}")
 
 # %% ../nbs/90_cli.ipynb #cell-015
 def _overrides(pairs: tuple[str, ...], device: str | None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ PARTS = {
     "Experiments and results": "4_paper/",
     "Checking and tools": "",
 }
+FIRST = ("quarter_hour", "viewer")  # behind the front door
 FENCE_OR_CODE = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]*`)", re.S)
 LINK = re.compile(r"(!?\[[^\]\n]*\])\(([^)\s]+)\)")
 AS_RUN = ("As executed in the profile `smoke`: tiny networks on the embedded phantom. It shows what the notebook "
@@ -103,13 +104,13 @@ def _page_cell(cell: dict, path: str) -> dict | None:
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
         return {"cell_type": "markdown", "metadata": {}, "source": move_links(source, path)}
-    directives = re.findall(r"^#\|\s*(\w+):?\s*(\S*)", source, re.M)
+    directives = re.findall(r"^#\|\s*([\w-]+):?\s*(\S*)", source, re.M)
     names = dict(directives)
     if cell["cell_type"] != "code" or "default_exp" in names or "hide" in names:
         return None
     tags = [tag for tag in cell["metadata"].get("tags", []) if tag in ("parameters", "injected-parameters")]
     tags += ["remove-input"] * (names.get("echo") == "false") + ["export"] * ("export" in names)
-    tags += ["hide-input"] * ("export" in names or _imports_alone(source))
+    tags += ["hide-input"] * ("export" in names or names.get("code-fold") == "true" or _imports_alone(source))
     source = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
     outputs = [_page_output(each, path) for each in cell.get("outputs", []) if each.get("name") != "stderr"]
     return {
@@ -155,7 +156,7 @@ def head_of(notebook: dict) -> tuple[str, str]:
 
 def library_pages(root: Path) -> Files:
     """The library notebooks, the front door and the quarter of an hour behind it."""
-    paths = [*(root / "nbs" / f"{name}.ipynb" for name in ("index", "quarter_hour")), *library(root)]
+    paths = [*(root / "nbs" / f"{name}.ipynb" for name in ("index", *FIRST)), *library(root)]
     paths = [path for path in paths if path.is_file()]
     names = [path.relative_to(root / "nbs").as_posix() for path in paths]
     return {name: dump(page_of(read_json(path), f"nbs/{name}")) for name, path in zip(names, paths, strict=True)}
@@ -205,7 +206,8 @@ def contents(pages: Files) -> str:
         first = others.get(part, []) if part == "Experiments and results" else []
         last = others.get(part, []) if not first else []
         parts.append(toctree(first + [name for name in library if part_of(name) == part] + last, part))
-    first = [toctree(["quarter_hour"])] if "quarter_hour.ipynb" in pages else []
+    there = [name for name in FIRST if f"{name}.ipynb" in pages]
+    first = [toctree(there)] if there else []
     return "\n".join([*first, *parts, toctree(["api/index"], "API")])
 
 
@@ -364,12 +366,15 @@ def _figure(path: Path, profile: str, pages: Files, makers: dict[str, str]) -> s
 
 
 def published_page(root: Path) -> Files:
+    """A page a table of printed numbers, and one that lists them."""
     made: Files = {}
-    text = "# Printed numbers\n\nWhat drafts and related papers print, with the place of each number.\n\n"
-    for path in sorted((root / "results" / "published").glob("*.csv")):
+    files = sorted((root / "results" / "published").glob("*.csv"))
+    for path in files:
         made[f"results/published/{path.name}"] = path.read_bytes()
-        text += f"## {path.stem.replace('_', ' ')}\n\n"
-        text += f"```{{csv-table}}\n:file: published/{path.name}\n:header-rows: 1\n```\n\n"
+        table = f"```{{csv-table}}\n:file: {path.name}\n:header-rows: 1\n```\n"
+        made[f"results/published/{path.stem}.md"] = f"# Printed: {path.stem.replace('_', ' ')}\n\n{table}".encode()
+    listed = toctree([f"published/{path.stem}" for path in files], hidden=False)
+    text = f"# Printed numbers\n\nWhat drafts and related papers print, with the place of each number.\n\n{listed}"
     return made | {"results/published.md": text.encode()}
 
 

@@ -130,7 +130,9 @@ function measure(page) {
   const d = frame.contentDocument, root = d.documentElement, main = d.querySelector("article") || d.body;
   if (root.scrollWidth > WIDTH + 1) found.push([page, "the page is " + root.scrollWidth + " px wide"]);
   if (WIDTH > 1000 && root.scrollHeight > TALL) found.push([page, "is " + root.scrollHeight + " px long"]);
-  for (const e of main.querySelectorAll("*")) {
+  for (const e of main.querySelectorAll("mjx-container svg"))
+    if (!e.closest("table") && e.getBoundingClientRect().right > main.getBoundingClientRect().right + 1) found.push([page, "a formula is cut"]);
+  for (const e of main.querySelectorAll(":not(.math, .math *)")) {
     const hides = ["auto", "scroll", "hidden"].includes(frame.contentWindow.getComputedStyle(e).overflowX);
     if (!hides || e.scrollWidth <= e.clientWidth + 2 || e.clientWidth === 0 || e.closest("[hidden], details:not([open])")) continue;
     const cell = e.matches("table") || e.children.length && e.querySelector("table") ? e.querySelector("td:first-child, th:first-child") : null;

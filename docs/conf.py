@@ -56,6 +56,7 @@ html_static_path = ["_static", str(mathjax_file)]
 html_css_files = ["book.css"]
 html_search_scorer = str(Path(__file__).parent / "scorer.js")  # the page that explains a word comes before those that use it
 html_copy_source = False
+html_use_index = html_domain_indices = False  # the reference and the search lead to every name
 html_show_sphinx = False
 html_show_copyright = False
 html_last_updated_fmt = None

@@ -87,3 +87,15 @@ def test_the_plan_for_a_scheduler_has_what_the_snakefile_reads(tmp_path):
     trained = next(each for each in whole if each["experiment"] == "train_single")
     assert plan("--only", trained["experiment"], *trained["options"])[-1] == trained  # a job asks for its own run
     assert not list(tmp_path.iterdir())
+
+
+def test_minutes_of_the_reading_path_are_those_of_the_notebooks():
+    """Words / 200 + lines of code / 30, as the front door counts them; a tenth may pass before it is counted again."""
+    cell, = (cell for cell in json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"] if "def minutes(" in "".join(cell["source"]))
+    names = {"json": json, "repo_root": repo_root}
+    exec("".join(cell["source"]).partition("def minutes(")[1] + "".join(cell["source"]).partition("def minutes(")[2].partition("PATH = ")[0], names)
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]*\.ipynb[^|]*) \| (\d+) \|$", README, flags=re.MULTILINE)
+    assert len(rows) == 7
+    for what, links, stated in rows:
+        true = names["minutes"](*(link.removeprefix("nbs/") for link in re.findall(r"\]\(([^)]+)\)", links)))
+        assert abs(int(stated) - true) <= 1 + true / 10, f"{what}: {true} minutes; run nbs/index.ipynb and `make readme`"

@@ -344,7 +344,7 @@ def page_of(study: Study, look: Look) -> str:
     n, (high, wide) = study.n_slices, study.plane("image", 0).shape
     step = -(-max(high, wide) // _MOST)
     layers = {name: np.stack([_eight_bits(study, name, study.plane(name, k)[::step, ::step]) for k in range(n)])
-              for name in ("image", *study.layers) if name != "regions"}
+              for name in ("image", *study.layers)}
     content = {"shape": layers["image"].shape, "unit": study.unit, "low": _LOW, "step": _STEP,
                "aspect": study.aspect, "layers": {name: _packed(planes) for name, planes in layers.items()},
                "colours": {name: legend(study, name) for name in colourings(study)},
@@ -383,7 +383,8 @@ class Viewer:
         still = {"text/plain": repr(self), "image/png": b64encode(png_of(picture)).decode()}
         if is_quiet():
             return still
-        frame = f'<iframe srcdoc="{escape(page_of(self.study, self.look))}" width="100%" height="520"></iframe>'
+        page = escape(page_of(self.study, self.look))
+        frame = f'<iframe srcdoc="{page}" width="100%" height="520" style="border:0"></iframe>'
         return {"text/html": frame, **still}
 
 
