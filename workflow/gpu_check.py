@@ -41,7 +41,7 @@ def executed(name, **given):
 def settings_of(experiment, row, options, **more):
     """The settings of a row of profile `paper`, its results in a folder that goes away."""
     run = next(run for run in plan_runs(load_registry(), "paper", [experiment], [row]) if run.row == row)
-    place = tempfile.mkdtemp(prefix="covidsev-gpu-")
+    place = options.place / f"{experiment}-{time.monotonic_ns()}"
     settings = {**notebook_parameters(run.notebook), **run.parameters, "device": options.device,
                 "output": f"{place}/output", "checkpoints": f"{place}/checkpoints",
                 "data_root": str(data_root() or ""), **more}
@@ -56,9 +56,8 @@ def memory_mib():
 def steps(options, scope):
     """Our training step, evaluation and scores against the published ones: ratios, megabytes, differences."""
     case = [64, 2, "small"] if options.small else [352, 8, "res2net50"]
-    with tempfile.TemporaryDirectory() as folder:
-        scope |= executed("benchmark", what="steps", cases=[case], repeats=1 if options.small else 5,
-                          device=options.device, output=folder)
+    scope |= executed("benchmark", what="steps", cases=[case], repeats=1 if options.small else 5,
+                      device=options.device, output=str(options.place))
     return scope["steps"].to_dict("records")
 
 
@@ -122,6 +121,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu_check")
     options, scope, report = parser.parse_args(), {}, {"commit": git_commit()}
     options.seconds = min(options.seconds, 5) if options.small else options.seconds
+    aside = tempfile.TemporaryDirectory(prefix="covidsev-gpu-")
+    options.place = Path(aside.name)
     for part in (steps, precision, headline, pretext):  # the first one forks, so it comes before any use of a GPU
         begin = time.perf_counter()
         try:
@@ -133,6 +134,7 @@ def main():
         name = scope.get("label", "unknown") + ("-small" if options.small else "")
         write_json(options.out / f"{name}.json", report | {"environment": environment()})
         print(f"{part.__name__}: {report['took'][part.__name__]} s", flush=True)
+    aside.cleanup()
     return any("failed" in part for part in report.values() if isinstance(part, dict))
 
 
