@@ -61,19 +61,17 @@ def _check_range(name: str, value: float) -> None:
     if number and 0 <= value <= upper and not (name == "crop_side" and value == 0):
         return
     expected = f"a number in {'(' if name == 'crop_side' else '['}0, {upper:g}]"
-    fix = (
-        "give a fraction: 0.4, not 40"
-        if number and name in ("cutout", *_PROBABILITIES) and value > 1
-        else None
-    )
-    raise ConfigError(f"augmentation: {name} is out of range", found=value, expected=expected, fix=fix)
+    fix = ("give a fraction: 0.4, not 40" if number and name in ("cutout", *_PROBABILITIES)
+           and value > 1 else None)
+    raise ConfigError(f"augmentation: {name} is out of range", found=value, expected=expected,
+                      fix=fix)
 
 # %% ../../nbs/2_method/01_augmentation.ipynb #cell-012
 NONE = Augmentation()
-PAPER = Augmentation(vertical_flip=0.5, horizontal_flip=0.5, crop=0.5, crop_side=0.8, rotation_degrees=15.0)
-STRONG = replace(
-    PAPER, rotation_degrees=20.0, scale_log=0.3, shift=0.15, gamma_log=0.35, contrast=0.2, brightness=0.1
-)
+PAPER = Augmentation(vertical_flip=0.5, horizontal_flip=0.5, crop=0.5, crop_side=0.8,
+                     rotation_degrees=15.0)
+STRONG = replace(PAPER, rotation_degrees=20.0, scale_log=0.3, shift=0.15, gamma_log=0.35,
+                 contrast=0.2, brightness=0.1)
 PRESETS = {"none": NONE, "paper": PAPER, "strong": STRONG}
 
 
@@ -86,26 +84,9 @@ def augmentation(name: str, cutout: float = 0.0, cutout_mode: str = "side") -> A
     return replace(PRESETS[name], cutout=cutout, cutout_mode=cutout_mode)
 
 # %% ../../nbs/2_method/01_augmentation.ipynb #cell-015
-_NUMBERS = (
-    "vertical_flip",
-    "horizontal_flip",
-    "crop",
-    "crop_x",
-    "crop_y",
-    "rotation",
-    "scale",
-    "shift_x",
-    "shift_y",
-    "gamma",
-    "contrast",
-    "brightness",
-    "cutout",
-    "height",
-    "width",
-    "top",
-    "left",
-    "grey",
-)
+_NUMBERS = ("vertical_flip", "horizontal_flip", "crop", "crop_x", "crop_y", "rotation", "scale",
+            "shift_x", "shift_y", "gamma", "contrast", "brightness", "cutout", "height", "width",
+            "top", "left", "grey")
 
 
 def draw_numbers(batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -115,12 +96,9 @@ def draw_numbers(batch: int, generator: torch.Generator) -> dict[str, torch.Tens
     The generator moves on by the same amount for every recipe. Raises ConfigError for a generator
     that is not on the CPU."""
     if generator.device.type != "cpu":
-        raise ConfigError(
-            "augmentation: the generator must live on the CPU",
-            found=str(generator.device),
-            expected="cpu",
-            fix="torch.Generator().manual_seed(seed); images may be on any device",
-        )
+        raise ConfigError("augmentation: the generator must live on the CPU",
+                          found=str(generator.device), expected="cpu",
+                          fix="torch.Generator().manual_seed(seed); images may be on any device")
     table = torch.rand((len(_NUMBERS), batch), generator=generator, dtype=torch.float64)
     return dict(zip(_NUMBERS, table))
 
@@ -133,9 +111,8 @@ def _symmetric(number: torch.Tensor, half_width: float) -> torch.Tensor:
 def _matrix(a, b, c, d, x, y) -> torch.Tensor:
     """(B, 3, 3) matrices [[a, b, x], [c, d, y], [0, 0, 1]] from six entries that are tensors (B,)
     or numbers."""
-    a, b, c, d, x, y = torch.broadcast_tensors(
-        *(torch.as_tensor(v, dtype=torch.float64) for v in (a, b, c, d, x, y))
-    )
+    a, b, c, d, x, y = torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64)
+                                                 for v in (a, b, c, d, x, y)))
     zero = torch.zeros_like(a)
     rows = [torch.stack(row, -1) for row in ((a, b, x), (c, d, y), (zero, zero, zero + 1))]
     return torch.stack(rows, -2)
@@ -148,42 +125,43 @@ def _flip_matrix(spec: Augmentation, u: dict[str, torch.Tensor]) -> torch.Tensor
     return _matrix(across, 0, 0, along, 0, 0)
 
 
-def _crop_matrix(spec: Augmentation, u: dict[str, torch.Tensor], height: int, width: int) -> torch.Tensor:
+def _crop_matrix(spec: Augmentation, u: dict[str, torch.Tensor], height: int,
+                 width: int) -> torch.Tensor:
     """Read a random square of side crop_side * min(height, width), or the whole image."""
     cropped = u["crop"] < spec.crop
     side = spec.crop_side * min(height, width)
     wide, high = (torch.where(cropped, side / extent, 1.0) for extent in (width, height))
-    return _matrix(
-        wide, 0, 0, high, _symmetric(u["crop_x"], 1.0) * (1 - wide), _symmetric(u["crop_y"], 1.0) * (1 - high)
-    )
+    return _matrix(wide, 0, 0, high, _symmetric(u["crop_x"], 1.0) * (1 - wide),
+                   _symmetric(u["crop_y"], 1.0) * (1 - high))
 
 
-def _turn_matrix(spec: Augmentation, u: dict[str, torch.Tensor], height: int, width: int) -> torch.Tensor:
+def _turn_matrix(spec: Augmentation, u: dict[str, torch.Tensor], height: int,
+                 width: int) -> torch.Tensor:
     """Rotate and zoom about the middle, then shift; angles are true angles for images that are not
     square too."""
     angle = _symmetric(u["rotation"], math.radians(spec.rotation_degrees))
     zoom = torch.exp(_symmetric(u["scale"], spec.scale_log))
     c, s = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-    shift_x, shift_y = _symmetric(u["shift_x"], 2 * spec.shift), _symmetric(u["shift_y"], 2 * spec.shift)
+    shift_x, shift_y = (_symmetric(u["shift_x"], 2 * spec.shift),
+                        _symmetric(u["shift_y"], 2 * spec.shift))
     return _matrix(c, -s * height / width, s * width / height, c, shift_x, shift_y)
 
 
-def affine_matrices(spec: Augmentation, u: dict[str, torch.Tensor], height: int, width: int) -> torch.Tensor:
+def affine_matrices(spec: Augmentation, u: dict[str, torch.Tensor], height: int,
+                    width: int) -> torch.Tensor:
     """float64 (B, 2, 3): for each sample the map from output to input coordinates, both in [-1, 1]
     (x to the right, y down).
 
     `u` comes from draw_numbers. Source: paper IV.B, V.B (flip, crop, rotation as one map)."""
-    whole = (
-        _flip_matrix(spec, u) @ _crop_matrix(spec, u, height, width) @ _turn_matrix(spec, u, height, width)
-    )
+    whole = (_flip_matrix(spec, u) @ _crop_matrix(spec, u, height, width)
+             @ _turn_matrix(spec, u, height, width))
     return whole[:, :2]
 
 # %% ../../nbs/2_method/01_augmentation.ipynb #cell-024
 def _read(values: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
     """Read (B, C, H, W) at `grid`; outside the image the picture is continued by reflection."""
-    read = F.grid_sample(
-        values.to(grid.dtype), grid, mode=mode, padding_mode="reflection", align_corners=False
-    )
+    read = F.grid_sample(values.to(grid.dtype), grid, mode=mode, padding_mode="reflection",
+                         align_corners=False)
     return read.to(values.dtype)
 
 
@@ -199,17 +177,15 @@ def warp(maps: Sequence[torch.Tensor], matrices: torch.Tensor) -> list[torch.Ten
     return [_read(m, grid, "bilinear" if m.is_floating_point() else "nearest") for m in maps]
 
 # %% ../../nbs/2_method/01_augmentation.ipynb #cell-030
-def _side_extent(
-    c: float, u: dict[str, torch.Tensor], height: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _side_extent(c: float, u: dict[str, torch.Tensor], height: int,
+                 width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Both sides uniform integers from 0 to int(c * min(height, width)), each drawn by itself."""
     longest = int(c * min(height, width))
     return tuple((u[name] * (longest + 1)).long() for name in ("height", "width"))
 
 
-def _area_extent(
-    c: float, u: dict[str, torch.Tensor], height: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _area_extent(c: float, u: dict[str, torch.Tensor], height: int,
+                 width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Height x width = c * image area up to rounding; log-uniform aspect within 1:3 and 3:1 as far
     as it fits."""
     if c == 0:
@@ -220,9 +196,8 @@ def _area_extent(
     return tall.long(), (c * height * width / tall).round().clamp(1, width).long()
 
 
-def cutout_rectangles(
-    spec: Augmentation, u: dict[str, torch.Tensor], height: int, width: int
-) -> torch.Tensor:
+def cutout_rectangles(spec: Augmentation, u: dict[str, torch.Tensor], height: int,
+                      width: int) -> torch.Tensor:
     """int64 (B, 4): top, left, height, width in pixels of the erased rectangle of each sample, all
     of it inside the image.
 
@@ -239,14 +214,16 @@ def cutout_rectangles(
 def cut_out(images: torch.Tensor, rectangles: torch.Tensor, grey: torch.Tensor) -> torch.Tensor:
     """A copy of `images` (B, 1, H, W) with each rectangle (top, left, height, width) filled with
     one grey (B,) in [0, 1]."""
-    top, left, tall, wide = (column[:, None, None, None] for column in rectangles.to(images.device).T)
+    top, left, tall, wide = (column[:, None, None, None]
+                             for column in rectangles.to(images.device).T)
     row = torch.arange(images.shape[-2], device=images.device)[:, None]
     column = torch.arange(images.shape[-1], device=images.device)
     erased = (row >= top) & (row < top + tall) & (column >= left) & (column < left + wide)
     return torch.where(erased, grey.to(images)[:, None, None, None], images)
 
 # %% ../../nbs/2_method/01_augmentation.ipynb #cell-039
-def change_intensity(images: torch.Tensor, spec: Augmentation, u: dict[str, torch.Tensor]) -> torch.Tensor:
+def change_intensity(images: torch.Tensor, spec: Augmentation,
+                     u: dict[str, torch.Tensor]) -> torch.Tensor:
     """Gamma, then contrast about the mean, then brightness, per sample; float (B, 1, H, W) in [0,
     1] in and out.
 
@@ -254,11 +231,9 @@ def change_intensity(images: torch.Tensor, spec: Augmentation, u: dict[str, torc
     "strong" recipe."""
     if not (spec.gamma_log or spec.contrast or spec.brightness):
         return images
-    draws = (
-        torch.exp(_symmetric(u["gamma"], spec.gamma_log)),
-        1 + _symmetric(u["contrast"], spec.contrast),
-        _symmetric(u["brightness"], spec.brightness),
-    )
+    draws = (torch.exp(_symmetric(u["gamma"], spec.gamma_log)),
+             1 + _symmetric(u["contrast"], spec.contrast),
+             _symmetric(u["brightness"], spec.brightness))
     gamma, contrast, brightness = (draw.to(images)[:, None, None, None] for draw in draws)
     curved = images.clamp(0, 1) ** gamma
     middle = curved.mean((1, 2, 3), keepdim=True)
@@ -268,34 +243,24 @@ def change_intensity(images: torch.Tensor, spec: Augmentation, u: dict[str, torc
 def _check_shapes(images: torch.Tensor, name: str, other: torch.Tensor) -> None:
     """GeometryError unless `other` has four axes and the batch size, height and width of the
     images."""
-    if (
-        images.ndim == other.ndim == 4
-        and images.shape[0] == other.shape[0]
-        and images.shape[2:] == other.shape[2:]
-    ):
+    if (images.ndim == other.ndim == 4 and images.shape[0] == other.shape[0]
+            and images.shape[2:] == other.shape[2:]):
         return
     found = f"images {tuple(images.shape)}, {name} {tuple(other.shape)}"
     expected = "(B, C, H, W) with equal B, H and W"
-    raise GeometryError(f"augment: images and {name} differ in shape", found=found, expected=expected)
+    raise GeometryError(f"augment: images and {name} differ in shape", found=found,
+                        expected=expected)
 
 
 def _check_dtypes(images: torch.Tensor, labels: torch.Tensor) -> None:
     """IntensityError unless images are floating point and labels are integers."""
     what = None
     if not images.is_floating_point():
-        what, dtype, expected, fix = (
-            "images must be floating point",
-            images.dtype,
-            "float in [0, 1]",
-            "images.float() / 255",
-        )
+        what, dtype, expected, fix = ("images must be floating point", images.dtype,
+                                      "float in [0, 1]", "images.float() / 255")
     elif labels.is_floating_point():
-        what, dtype, expected, fix = (
-            "labels must be integers",
-            labels.dtype,
-            "uint8 classes",
-            "labels.to(torch.uint8)",
-        )
+        what, dtype, expected, fix = ("labels must be integers", labels.dtype, "uint8 classes",
+                                      "labels.to(torch.uint8)")
     if what:
         raise IntensityError(f"augment: {what}", found=str(dtype), expected=expected, fix=fix)
 
@@ -308,13 +273,9 @@ def _erase(images: torch.Tensor, spec: Augmentation, u: dict[str, torch.Tensor])
     return cut_out(images, cutout_rectangles(spec, u, *images.shape[-2:]), grey)
 
 
-def augment(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    spec: Augmentation,
-    generator: torch.Generator,
-    prior: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:
+def augment(images: torch.Tensor, labels: torch.Tensor, spec: Augmentation,
+            generator: torch.Generator,
+            prior: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
     """(images, labels) or (images, labels, prior), augmented with one draw per sample; same shapes,
     dtypes and device.
 
