@@ -173,14 +173,23 @@ def test_each_table_has_a_page_and_each_figure_its_files(tmp_path):
     for name in ("results/x/tables/table2.md", "results/x/tables/table2.csv", "figures/x/coach_masks.png", "figures/x/coach_masks.svg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("Table II (x)\n\n| a |\n|---|\n| 1 |")
+    for run, said in (("figure_coach", {"outputs": {"figures/coach_masks.png": "x"}}), ("train_single/unet-seed0", {"commit": "0123456789abcdef"})):
+        (tmp_path / "results/x" / run).mkdir(parents=True)
+        (tmp_path / "results/x" / run / "run.json").write_text(json.dumps(said))
     registry = book.load_registry(ROOT / "nbs" / "experiments" / "experiments.toml")
     pages = {"experiments/figure_coach.ipynb": json.dumps(notebook(("markdown", "# The coach\n\n> Harder masks."))).encode()}
     made = {name: data.decode() for name, data in book.profile_page(tmp_path, "x", pages, registry).items()}
-    assert set(made) == {*(f"results/x/{name}" for name in ("index.md", "table2.md", "table2.csv", "figures.md")),
+    assert set(made) == {*(f"results/x/{name}" for name in ("index.md", "table2.md", "table2.csv", "figures.md", "runs/train_single.md")),
                          "figures/x/coach_masks.png", "figures/x/coach_masks.svg"}
-    assert made["results/x/table2.md"].startswith("# Table II (x)\n\nMade by table2. Files: {download}`csv <table2.csv>`.\n\n| a |")
+    assert made["results/x/table2.md"].startswith("# Table II\n\nx. Made by table2; rows lead to their runs. Files: {download}`csv <table2.csv>`.\n\n| a |")
     assert "table2\nfigures" in made["results/x/index.md"]
     assert "**Coach masks.** Harder masks. From [The coach](../../experiments/figure_coach.ipynb). {download}" in made["results/x/figures.md"]
+    assert "(run-x-train_single-unet)=\n" in made["results/x/runs/train_single.md"] and "| 0 | 0123456789ab | – | – |" in made["results/x/runs/train_single.md"]
+
+
+def test_a_row_leads_to_its_runs_and_an_interval_stays_on_one_line():
+    assert book.with_links("| U-Net | 0.6 [0.5, 0.7] | a b |", {"U-Net": "t"}) == "| [U-Net](#t) | 0.6\u00a0[0.5,\u00a00.7] | a b |"
+    assert book.with_links("No table, 0.6 [0.5, 0.7]", {}) == "No table, 0.6 [0.5, 0.7]"
 
 
 def test_claims_of_every_profile_are_shown_or_missed(tmp_path):
