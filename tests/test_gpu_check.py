@@ -2,6 +2,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +22,8 @@ sys.meta_path.insert(0, Lacking())
 
 def test_the_check_runs_with_little_installed_and_writes_what_it_measured(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HOOK)
-    environ = {name: value for name, value in os.environ.items() if name != "COVIDSEV_DATA"} | {"PYTHONPATH": str(tmp_path)}
+    environ = {name: value for name, value in os.environ.items() if name != "COVIDSEV_DATA"}
+    environ |= {"PYTHONPATH": str(tmp_path), "PYTHON": sys.executable}
     command = [ROOT / "workflow/gpu_check.sh", "--small", "--device", "cpu", "--seconds", "1", "--out", tmp_path / "out"]
     ended = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

@@ -37,7 +37,7 @@ def made(tmp_path_factory):
 
 def test_everything_is_made(made):
     root, text = made
-    assert "[5/5]" in text and "FAILED" not in text
+    assert "] 5/5" in text and "FAILED" not in text
     for row in ("sinfnet", "unet"):
         folder = root / "results/smoke/train_single" / f"{row}-seed0"
         assert {*FILES, "run.json", "timing.json", "executed.ipynb"} <= {path.name for path in folder.iterdir()}
